@@ -1,0 +1,24 @@
+# `make demo` and `make test` are all a fresh machine needs: Python 3.11 or newer, and pip's usual package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STORE ?= demo-store
+
+.PHONY: demo test clean
+
+demo: $(VENV)/installed
+	$(BIN)/opgrpo quickstart --store $(STORE)
+
+test: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(STORE)

@@ -1,0 +1,275 @@
+"""The command line: parse, build the config, call a stage, print its result, exit. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipelines.experiment import Experiment, Outcome
+    from pipelines.loop import Result
+
+app = typer.Typer(
+    help="Off-policy GRPO for flow-matching models over a store of trajectories that you can query with SQL.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+DEFAULT_STORE = "opgrpo-store"
+LEARNING_CURVE = (
+    "SELECT iteration, count(*) AS n, avg(value) AS reward "
+    "FROM trajectories JOIN rewards USING (trajectory_id) GROUP BY 1 ORDER BY 1"
+)
+OLDEST_ENTRIES = "SELECT text, decayed_reward, age FROM buffer JOIN prompts USING (prompt_id)"
+QUICKSTART = Path(__file__).parent / "pipelines" / "embedded" / "quickstart.yaml"
+
+ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file, for example examples/quickstart.yaml")]
+StoreUrl = Annotated[str, typer.Option("--store", envvar="OPGRPO_STORE", help="directory or bucket prefix of the store")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a setting, for example train.lr=1e-4")]
+Iteration = Annotated[int | None, typer.Option(min=0, help="which iteration; by default the one the run is in")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What users and disks do wrong is one line: exit code 2 for the config, else 1. Our own bugs keep their trace."""
+    from pipelines.config import ConfigError
+
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+
+
+def _experiment(config: Path, store: str, overrides: list[str] | None, quiet: bool, *, init: bool = False) -> Experiment:
+    from pipelines.config import load_config
+    from pipelines.experiment import Experiment
+    from pipelines.progress import Progress
+
+    bind = Experiment.init if init else Experiment.open
+    return bind(store, load_config(config, overrides or ()), Progress(quiet))
+
+
+def _print_outcome(outcome: Outcome, dry_run: bool, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({**asdict(outcome), "dry_run": dry_run}))
+        return
+    where = "" if outcome.iteration is None else f" iteration {outcome.iteration}"
+    verb = "would do" if dry_run else "done"
+    work = f"{verb} {outcome.done}, already there {outcome.skipped}" if outcome.done else "nothing to do"
+    told = "".join(f", {name} {value}" for name, value in outcome.detail.items())
+    typer.echo(f"{outcome.stage}{where}: {work}{told}")
+
+
+@app.command()
+def init(config: ConfigPath, store: StoreUrl = DEFAULT_STORE, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Make the store where there is none, and register the prompts, the run and its base policy in it."""
+    with _errors():
+        experiment = _experiment(config, store, overrides, quiet=True, init=True)
+        told = {"store": experiment.store.directory.url, "run_id": experiment.run_id}
+        typer.echo(json.dumps(told) if as_json else f"run {told['run_id']} is in store {told['store']}")
+
+
+@app.command()
+def rollout(
+    config: ConfigPath,
+    store: StoreUrl = DEFAULT_STORE,
+    iteration: Iteration = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the trajectories of an iteration: fresh ones, and continuations of replayed prefixes."""
+    with _errors():
+        from pipelines.rollout import rollout as stage
+
+        experiment = _experiment(config, store, overrides, quiet)
+        _print_outcome(stage(experiment, _current(experiment, iteration), dry_run), dry_run, as_json)
+
+
+@app.command()
+def score(
+    config: ConfigPath,
+    store: StoreUrl = DEFAULT_STORE,
+    iteration: Iteration = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score trajectories that lack the reward: of one iteration, or of the whole run."""
+    with _errors():
+        from pipelines.score import score as stage
+
+        experiment = _experiment(config, store, overrides, quiet)
+        _print_outcome(stage(experiment, iteration, dry_run), dry_run, as_json)
+
+
+@app.command()
+def select(
+    config: ConfigPath,
+    store: StoreUrl = DEFAULT_STORE,
+    iteration: Iteration = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose the replay buffer, and plan the training iteration: advantages, importance weights, batches."""
+    with _errors():
+        from pipelines.selection import select as stage
+
+        experiment = _experiment(config, store, overrides, quiet)
+        _print_outcome(stage(experiment, _current(experiment, iteration), dry_run), dry_run, as_json)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    store: StoreUrl = DEFAULT_STORE,
+    iteration: Iteration = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Execute the plan of an iteration: a new policy, and a record of what was done with each trajectory."""
+    with _errors():
+        from pipelines.train import train as stage
+
+        experiment = _experiment(config, store, overrides, quiet)
+        _print_outcome(stage(experiment, _planned(experiment, iteration), dry_run), dry_run, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    config: ConfigPath,
+    store: StoreUrl = DEFAULT_STORE,
+    iteration: Iteration = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the held-out reward of the averaged policy at the start of an iteration, and keep that policy."""
+    with _errors():
+        from pipelines.evaluation import evaluate as stage
+
+        experiment = _experiment(config, store, overrides, quiet)
+        chosen = experiment.iteration if iteration is None else iteration
+        _print_outcome(stage(experiment, chosen, dry_run), dry_run, as_json)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    store: StoreUrl = DEFAULT_STORE,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """All stages, all iterations, from wherever the run was left; makes the store where there is none."""
+    with _errors():
+        _run(config, store, overrides, dry_run, as_json, quiet)
+
+
+@app.command()
+def quickstart(
+    store: StoreUrl = DEFAULT_STORE,
+    seed: Annotated[int | None, typer.Option(min=0, help="of the experiment; by default the config's")] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the embedded text-to-image policy on the embedded world: minutes on a CPU, no network, no key."""
+    with _errors():
+        seeded = [] if seed is None else [f"seed={seed}"]
+        _run(QUICKSTART, store, [*(overrides or ()), *seeded], dry_run, as_json, quiet)
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="one SELECT over prompts, policies, runs, trajectories, rewards, buffer, ...")],
+    store: StoreUrl = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Ask the store anything, read-only. `SHOW TABLES` and `DESCRIBE trajectories` tell what there is."""
+    with _errors():
+        from opgrpo_data.catalog import Catalog
+        from opgrpo_data.store import Store
+
+        table = Catalog(Store.open(store)).query(query)
+        rows = table.to_pylist()
+        if as_json:
+            typer.echo(json.dumps(rows, default=str))
+        else:
+            _print_table(table.column_names, rows)
+
+
+def _current(experiment: Experiment, iteration: int | None) -> int:
+    return experiment.iteration if iteration is None else iteration
+
+
+def _planned(experiment: Experiment, iteration: int | None) -> int:
+    """The iteration to train: the one the run is in, or, where that has no plan yet, the last one, which is done."""
+    if iteration is not None:
+        return iteration
+    current = experiment.iteration
+    has_plan = experiment.store.files("plans", run=experiment.run_id, iteration=current)
+    return current if has_plan or current == 0 else current - 1
+
+
+def _run(config: Path, store: str, overrides: list[str] | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    from pipelines.config import load_config
+    from pipelines.loop import estimate, run
+
+    if dry_run:
+        told: dict[str, Any] = estimate(load_config(config, overrides or ()))
+        typer.echo(json.dumps(told) if as_json else "\n".join(f"{name}: {value}" for name, value in told.items()))
+        return
+    result = run(_experiment(config, store, overrides, quiet, init=True))
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+        return
+    _print_result(config, result)
+
+
+def _print_result(config: Path, result: Result) -> None:
+    gain = result.held_out_after - result.held_out_before
+    ask = f"opgrpo sql --store {result.store}"
+    last = result.iterations - 1
+    typer.echo(
+        f"\nheld-out reward before {result.held_out_before:.3f}, after {result.held_out_after:.3f} "
+        f"({gain:+.3f}, standard error {result.standard_error:.3f}, {result.samples} samples)\n"
+        f"pictures before and after: {result.picture}\n"
+        f"store: {result.store} (run {result.run_id}, policy {result.policy_id})\n"
+        f"go on with:\n"
+        f'  {ask} "{LEARNING_CURVE}"\n'
+        f'  {ask} "{OLDEST_ENTRIES} WHERE iteration = {last} ORDER BY age DESC LIMIT 10"\n'
+        f"  opgrpo run {config} --store {result.store} --set iterations={2 * result.iterations}"
+    )
+
+
+def _print_table(names: list[str], rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table, markup=False)

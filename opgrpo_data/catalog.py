@@ -1,0 +1,99 @@
+"""SQL over a store: DuckDB, in memory, over views of its Parquet files. Nothing here can change the store."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from opgrpo_data.errors import StoreError
+from opgrpo_data.schema import POLICIES, RUNS, table_of
+from opgrpo_data.store import TABLES, Store
+
+# Rows a reward could not judge live beside the others but must not count as rewards.
+_VIEWS = {
+    "prompts": "SELECT * FROM {prompts}",
+    "trajectories": "SELECT * FROM {trajectories}",
+    "rewards": "SELECT * FROM {rewards} WHERE error IS NULL",
+    "reward_errors": "SELECT * FROM {rewards} WHERE error IS NOT NULL",
+    "buffer": "SELECT * FROM {buffers}",
+    "plans": "SELECT * FROM {plans}",
+    "updates": "SELECT * FROM {updates}",
+    "evals": "SELECT * FROM {evals}",
+    "quarantine": "SELECT * FROM {quarantine}",
+}
+
+
+class Catalog:
+    """The views prompts, policies, runs, trajectories, rewards, reward_errors, buffer, plans, updates, evals, quarantine.
+
+    They show what was committed when the catalog was opened. The connection may read the store's indexes and nothing
+    else: no other file, no network, no extension, no statement but a query.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.connection = duckdb.connect(":memory:")
+        readable: list[str] = []
+        sources = {name: self._source(store, name, readable) for name in TABLES}
+        for view, query in _VIEWS.items():
+            self.connection.execute(f"CREATE VIEW {view} AS {query.format(**sources)}")
+        self.connection.register(
+            "policies", table_of([_policy(d) for d in store.documents("policies/*/policy.json")], POLICIES)
+        )
+        self.connection.register("runs", table_of([_run(d) for d in store.documents("runs/*.json")], RUNS))
+        self._lock(readable)
+
+    def _source(self, store: Store, kind: str, readable: list[str]) -> str:
+        paths = store.files(kind)
+        if not paths or not store.directory.local:
+            self.connection.register(f"stored_{kind}", store.read_tables(kind, paths))
+            return f"stored_{kind}"
+        absolute = [store.directory.path(path) for path in paths]
+        readable.extend(absolute)
+        # The partition folders are for people: as columns, `run`, `iter` and `reward` would collide with ours.
+        return f"read_parquet([{', '.join(map(_quoted, absolute))}], union_by_name=true, hive_partitioning=false)"
+
+    def _lock(self, readable: list[str]) -> None:
+        self.connection.execute(f"SET allowed_paths=[{', '.join(map(_quoted, readable))}]")
+        self.connection.execute("SET enable_external_access=false")
+        self.connection.execute("SET lock_configuration=true")
+
+    def query(self, sql: str) -> pa.Table:
+        """The result of one SELECT (or DESCRIBE, SUMMARIZE, SHOW) as an Arrow table.
+
+        Raises StoreError when the SQL is wrong, is more than one statement, or is anything but a query.
+        """
+        try:
+            statements = self.connection.extract_statements(sql)
+            if len(statements) != 1:
+                raise StoreError(f"expected one SQL statement, got {len(statements)}")
+            if statements[0].type != duckdb.StatementType.SELECT:
+                kind = str(statements[0].type).removeprefix("StatementType.")
+                raise StoreError(f"the store is read-only to SQL: {kind} is refused, a SELECT is not")
+            return self.connection.sql(sql).to_arrow_table()
+        except duckdb.Error as error:
+            raise StoreError(f"SQL: {' '.join(str(error).split())}") from error
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _policy(document: dict[str, Any]) -> dict[str, Any]:
+    picked = {name: document.get(name) for name in POLICIES.names}
+    return picked | {"created_at": datetime.fromisoformat(document["created_at"])}
+
+
+def _run(document: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "run_id": document["run_id"],
+        "name": document["config"]["name"],
+        "seed": document["config"]["seed"],
+        "config": json.dumps(document["config"]),
+        "command": json.dumps(document["command"]),
+        "software": json.dumps(document["software"]),
+        "created_at": datetime.fromisoformat(document["created_at"]),
+    }

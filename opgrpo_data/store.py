@@ -1,0 +1,179 @@
+"""A store: one directory or bucket prefix of immutable files. Creates and opens it, names its files, publishes tables.
+
+Everything a stage decides is a Parquet table or a JSON document published here under a name that says what it is about.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opgrpo_data import ids, schema
+from opgrpo_data.errors import CorruptionError, StoreError
+from opgrpo_data.io import Directory, checked_name
+
+MARKER = "store.json"
+
+
+@dataclass(frozen=True)
+class TableKind:
+    """A table of the store: the glob that finds its files, and their schema."""
+
+    pattern: str
+    schema: pa.Schema
+
+
+TABLES: Mapping[str, TableKind] = {
+    "prompts": TableKind("prompts/*.parquet", schema.PROMPTS),
+    "trajectories": TableKind("trajectories/run=*/iter=*/*.parquet", schema.TRAJECTORIES),
+    "rewards": TableKind("rewards/reward=*/run=*/iter=*/*.parquet", schema.REWARDS),
+    "buffers": TableKind("buffers/run=*/iter=*.parquet", schema.BUFFERS),
+    "plans": TableKind("plans/run=*/iter=*.parquet", schema.PLANS),
+    "updates": TableKind("updates/run=*/iter=*.parquet", schema.UPDATES),
+    "evals": TableKind("evals/run=*/iter=*/*.parquet", schema.EVALS),
+    "quarantine": TableKind("quarantine/*.parquet", schema.QUARANTINE),
+}
+
+
+class Store:
+    """An opened store. Build it with `Store.create` or `Store.open`."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.directory = directory
+
+    @classmethod
+    def create(cls, url: str) -> Store:
+        """Open the store at `url`, making it first if nothing is there. Raises StoreError if something else is."""
+        directory = Directory(url)
+        if not directory.exists(MARKER):
+            if directory.list("*"):
+                raise StoreError(f"{url} is not empty and not an opgrpo store: choose another directory")
+            document = {"format": schema.FORMAT, "version": schema.SCHEMA_VERSION, "created_at": now().isoformat()}
+            directory.publish(MARKER, json.dumps(document).encode())
+        return cls.open(url)
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """Open an existing store. Raises StoreError when there is none, or its format is newer than this software."""
+        directory = Directory(url)
+        try:
+            document = json.loads(directory.read(MARKER))
+        except FileNotFoundError as error:
+            raise StoreError(f"no store at {url}: make one with `opgrpo init --store {url} CONFIG`") from error
+        except ValueError as error:
+            raise StoreError(f"{url}/{MARKER} is not JSON ({error}): the store was damaged") from error
+        if not isinstance(document, dict):
+            raise StoreError(f"{url}/{MARKER} holds no JSON object: the store was damaged")
+        schema.check_version(document, url)
+        return cls(directory)
+
+    # -- tables -----------------------------------------------------------------------------------------------------
+
+    def publish_table(self, path: str, table: pa.Table) -> bool:
+        """Publish a table as Parquet unless the name is taken. True if this call created it."""
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        return self.directory.publish(path, buffer.getvalue())
+
+    def read_tables(self, kind: str, paths: Sequence[str]) -> pa.Table:
+        """The rows of several files of one kind, in the order of `paths`; columns exactly as in its schema."""
+        wanted = TABLES[kind].schema
+        tables = [schema.conform(self._read_parquet(path), wanted) for path in paths]
+        return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+    def _read_parquet(self, path: str) -> pa.Table:
+        try:
+            return pq.read_table(pa.BufferReader(self.directory.read(path)))
+        except pa.ArrowInvalid as error:
+            raise StoreError(
+                f"{path} is damaged ({error}): remove it, and the stage that wrote it will make it again"
+            ) from error
+
+    def files(self, kind: str, *, run: str = "*", iteration: int | None = None, reward: str = "*") -> list[str]:
+        """Files of one kind of table, sorted; optionally only of one run, iteration or reward."""
+        pattern = TABLES[kind].pattern.replace("reward=*", f"reward={reward}").replace("run=*", f"run={run}")
+        if iteration is not None:
+            pattern = pattern.replace("iter=*", f"iter={iteration:06d}")
+        return self.directory.list(pattern)
+
+    # -- prompts ----------------------------------------------------------------------------------------------------
+
+    def add_prompts(self, prompts: Sequence[Mapping[str, Any]], split: str) -> bool:
+        """Publish prompts (`text`, `metadata`) of a split as one file named by its content. False: they were there."""
+        rows = [
+            {
+                "prompt_id": ids.prompt_id(prompt["text"], prompt["metadata"]),
+                "text": prompt["text"],
+                "metadata": ids.canonical_json(prompt["metadata"]),
+                "split": split,
+            }
+            for prompt in prompts
+        ]
+        name = f"{split}-{ids.derived_seed(*(row['prompt_id'] for row in rows)):016x}"
+        return self.publish_table(f"prompts/{checked_name(name, 'split')}.parquet", schema.table_of(rows, schema.PROMPTS))
+
+    # -- documents --------------------------------------------------------------------------------------------------
+
+    def add_run(self, run_id: str, document: Mapping[str, Any]) -> bool:
+        """Register a run: its resolved config, command line and software. False: it was registered before."""
+        body = {"run_id": run_id, **document, "created_at": now().isoformat()}
+        return self.directory.publish(f"runs/{checked_name(run_id, 'run_id')}.json", json.dumps(body, indent=1).encode())
+
+    def add_policy(self, policy_id: str, document: Mapping[str, Any], weights: bytes | None) -> bool:
+        """Register a policy; its weights (safetensors), when kept, go first and policy.json, the commit, last."""
+        folder = f"policies/{checked_name(policy_id, 'policy_id')}"
+        if weights is not None and not self.directory.exists(f"{folder}/weights.safetensors"):
+            with self.directory.write_atomic(f"{folder}/weights.safetensors") as file:
+                file.write(weights)
+        body = {"policy_id": policy_id, **document, "created_at": now().isoformat()}
+        return self.directory.publish(f"{folder}/policy.json", json.dumps(body, indent=1).encode())
+
+    def policy_weights(self, policy_id: str) -> bytes:
+        """The weights of a policy as safetensors bytes. Raises StoreError when the store does not have them."""
+        path = f"policies/{checked_name(policy_id, 'policy_id')}/weights.safetensors"
+        try:
+            return self.directory.read(path)
+        except FileNotFoundError as error:
+            kept = sorted({name.split("/")[1] for name in self.directory.list("policies/*/weights.safetensors")})
+            raise StoreError(f"no weights of policy {policy_id!r} in this store; it keeps those of: {kept}") from error
+
+    def documents(self, pattern: str) -> Iterator[dict[str, Any]]:
+        """The JSON documents whose paths match a glob, in the order of their names."""
+        for path in self.directory.list(pattern):
+            yield json.loads(self.directory.read(path))
+
+    # -- quarantine -------------------------------------------------------------------------------------------------
+
+    def quarantine(self, trajectory_id: str, error: CorruptionError) -> None:
+        """Record that a trajectory's bytes are damaged. From then on no buffer and no plan takes it."""
+        row = {
+            "trajectory_id": trajectory_id,
+            "file": error.file,
+            "member": error.member,
+            "expected_crc32": error.expected,
+            "found_crc32": error.found,
+            "noticed_at": now(),
+        }
+        name = checked_name(trajectory_id, "trajectory_id")
+        self.publish_table(f"quarantine/{name}.parquet", schema.table_of([row], schema.QUARANTINE))
+
+    def quarantined(self) -> set[str]:
+        """Ids of all trajectories in quarantine."""
+        return {path.removeprefix("quarantine/").removesuffix(".parquet") for path in self.files("quarantine")}
+
+
+def iteration_folder(kind: str, run_id: str, iteration: int) -> str:
+    """`<kind>/run=<run>/iter=<000012>`: where one iteration of one run keeps its files of one kind."""
+    return f"{kind}/run={checked_name(run_id, 'run_id')}/iter={iteration:06d}"
+
+
+def now() -> datetime:
+    """The present moment, in UTC, as tables store it."""
+    return datetime.now(UTC)

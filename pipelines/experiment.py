@@ -1,0 +1,146 @@
+"""A run bound to a store: the one argument every stage takes. Loads models when first needed and keeps them."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as pc
+
+from opgrpo_data.errors import StoreError
+from opgrpo_data.ids import canonical_json
+from opgrpo_data.store import Store
+from pipelines.config import RewardConfig, RunConfig
+from pipelines.progress import Progress
+from pipelines.prompts import Prompt, load_prompts
+from pipelines.rewards.base import REWARDS, Reward
+
+if TYPE_CHECKING:  # torch and diffusers take seconds to import; `select` and `score` do without
+    from pipelines.learner import Learner
+    from pipelines.policies.base import Policy
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pyarrow", "opgrpo")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage did. `done` units of work were new, `skipped` were there already; `detail` is stage-specific."""
+
+    stage: str
+    iteration: int | None
+    done: int
+    skipped: int
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class Experiment:
+    """One run of one configuration in one store."""
+
+    def __init__(self, store: Store, config: RunConfig, progress: Progress) -> None:
+        self.store = store
+        self.config = config
+        self.progress = progress
+        self.run_id = config.run_id
+        self._rewards: dict[str, Reward] = {}
+
+    @classmethod
+    def init(cls, url: str, config: RunConfig, progress: Progress) -> Experiment:
+        """Create the store where there is none; register prompts, the run and its base policy. Does nothing twice."""
+        prompts = load_prompts(config.prompts.source)
+        store = Store.create(url)
+        for split, members in prompts.items():
+            store.add_prompts([{"text": p.text, "metadata": p.metadata} for p in members], split)
+        experiment = cls(store, config, progress)
+        document = {"config": config.model_dump(mode="json"), "command": sys.argv, "software": software()}
+        store.add_run(experiment.run_id, document)
+        learner = experiment.learner(0)
+        experiment.register_policy(learner.policy_id, None, iteration=0, kind="base", weights=None)
+        return experiment
+
+    @classmethod
+    def open(cls, url: str, config: RunConfig, progress: Progress) -> Experiment:
+        """Bind to a run that `init` registered. Raises StoreError when the store or the run is missing."""
+        experiment = cls(Store.open(url), config, progress)
+        if not experiment.store.directory.exists(f"runs/{experiment.run_id}.json"):
+            known = [path[len("runs/") : -len(".json")] for path in experiment.store.directory.list("runs/*.json")]
+            raise StoreError(
+                f"the store {url} has no run {experiment.run_id}; it has {known}. Register it with `opgrpo init`, "
+                f"or use the config and overrides of the run you mean"
+            )
+        return experiment
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The model, loaded on first use."""
+        from pipelines.policies.base import POLICIES
+
+        config = self.config.policy
+        return POLICIES.build(config.family, model=config.model, **config.options)
+
+    @cached_property
+    def _learner(self) -> Learner:
+        from pipelines.learner import Learner
+
+        return Learner(self.policy, self.config.train)
+
+    def learner(self, iteration: int) -> Learner:
+        """The learner as it was at the start of `iteration`, from memory if it is there."""
+        if self._learner.iteration != iteration:
+            self._learner.load(self.store, self.run_id, iteration)
+        return self._learner
+
+    def reward(self, config: RewardConfig) -> Reward:
+        """The reward of a configuration, built once."""
+        key = canonical_json(config.model_dump(mode="json"))
+        if key not in self._rewards:
+            self._rewards[key] = REWARDS.build(config.name, **config.options)
+        return self._rewards[key]
+
+    @property
+    def iteration(self) -> int:
+        """The iteration the run is in: how many have been trained to the end."""
+        return len(self.store.files("updates", run=self.run_id))
+
+    @cached_property
+    def prompts(self) -> dict[str, list[Prompt]]:
+        """Prompts of this run by split, in the order of their source; the training split thinned to `prompts.limit`."""
+        loaded = load_prompts(self.config.prompts.source)
+        limit = min(self.config.prompts.limit or len(loaded["train"]), len(loaded["train"]))
+        # Evenly spaced: sources often list prompts kind by kind.
+        return loaded | {"train": [loaded["train"][i * len(loaded["train"]) // limit] for i in range(limit)]}
+
+    @cached_property
+    def prompt_of(self) -> dict[str, Prompt]:
+        """prompt_id to prompt, over all splits."""
+        return {prompt.prompt_id: prompt for prompts in self.prompts.values() for prompt in prompts}
+
+    def register_policy(
+        self, policy_id: str, parent_id: str | None, *, iteration: int, kind: str, weights: bytes | None
+    ) -> None:
+        """Publish what a policy is, and its weights where they are to be kept."""
+        parameters = sum(parameter.numel() for parameter in self._learner.parameters.values())
+        document = {
+            "parent_id": parent_id,
+            "base_model": self.policy.base_model,
+            "family": self.policy.family,
+            "run_id": self.run_id,
+            "iteration": iteration,
+            "kind": kind,
+            "parameters": parameters,
+            "has_weights": weights is not None,
+        }
+        self.store.add_policy(policy_id, document, weights)
+
+    def scored_ids(self, paths: list[str]) -> set[str]:
+        """Trajectories that have a value, not only an error, in these reward files."""
+        table = self.store.read_tables("rewards", paths)
+        return set(table.filter(pc.is_null(table["error"]))["trajectory_id"].to_pylist())
+
+
+def software() -> dict[str, str]:
+    """Versions that can change numbers."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

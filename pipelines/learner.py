@@ -1,0 +1,124 @@
+"""What changes while training: weights, their moving average, the optimizer's moments. Saved whole after each iteration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from opgrpo_data.errors import StoreError
+from opgrpo_data.store import Store, iteration_folder
+from pipelines import weights
+from pipelines.config import TrainConfig
+from pipelines.policies.base import Policy
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Learner:
+    """The policy with its optimizer and its average, as they are at the start of `iteration`.
+
+    `iteration` is None while an update is under way: a learner that failed half-way must be loaded again.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        self.policy = policy
+        self.config = config
+        self.parameters = weights.trainable(policy.trainable)
+        self.base = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the base policy: iteration 0, no moments."""
+        weights.copy_into(self.policy.trainable, self.base)
+        self.average = {name: tensor.clone() for name, tensor in self.base.items()}
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=self.config.lr,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+        )
+        self.iteration: int | None = 0
+
+    @cached_property
+    def reference(self) -> nn.Module:
+        """A frozen copy of the base policy, made when a KL term first asks for it."""
+        module = copy.deepcopy(self.policy.trainable)
+        weights.copy_into(module, self.base)
+        return module.requires_grad_(False)
+
+    @property
+    def policy_id(self) -> str:
+        """Id of the weights as they are now."""
+        return weights.policy_id(self.parameters)
+
+    @property
+    def average_id(self) -> str:
+        """Id of the averaged weights: the policy that is evaluated."""
+        return weights.policy_id(self.average)
+
+    def update_average(self) -> None:
+        """average <- decay average + (1 - decay) weights."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                self.average[name].lerp_(parameter, 1 - self.config.ema_decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the policy has the averaged weights."""
+        current = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        weights.copy_into(self.policy.trainable, self.average)
+        try:
+            yield
+        finally:
+            weights.copy_into(self.policy.trainable, current)
+
+    def save(self, store: Store, run_id: str, iteration: int) -> None:
+        """Write the training state at the start of `iteration`, replacing one that a killed attempt left."""
+        state: dict[str, Tensor] = {f"weights/{name}": tensor for name, tensor in self.parameters.items()}
+        state |= {f"average/{name}": tensor for name, tensor in self.average.items()}
+        for name, parameter in self.parameters.items():
+            state |= {f"{moment}/{name}": self.optimizer.state[parameter][moment] for moment in MOMENTS}
+        with store.directory.write_atomic(_state_path(run_id, iteration)) as file:
+            file.write(weights.to_bytes(state))
+
+    def load(self, store: Store, run_id: str, iteration: int) -> None:
+        """Become the learner at the start of `iteration`. Raises StoreError when that state is not kept any more."""
+        self.reset()
+        if iteration == 0:
+            return
+        path = _state_path(run_id, iteration)
+        try:
+            state = weights.from_bytes(store.directory.read(path), path)
+        except FileNotFoundError as error:
+            kept = [name.split("iter=")[1][:6] for name in store.directory.list(_state_path(run_id, None))]
+            raise StoreError(f"run {run_id} keeps no training state of iteration {iteration}; it keeps {kept}") from error
+        weights.copy_into(self.policy.trainable, _part(state, "weights"))
+        self.average = {name: tensor.to(self.policy.device) for name, tensor in _part(state, "average").items()}
+        moments = {moment: _part(state, moment) for moment in MOMENTS}
+        for name, parameter in self.parameters.items():
+            self.optimizer.state[parameter] = {
+                moment: moments[moment][name].to("cpu" if moment == "step" else self.policy.device) for moment in MOMENTS
+            }
+        self.iteration = iteration
+
+    def prune(self, store: Store, run_id: str) -> None:
+        """Remove all but the newest `keep_states` training states of the run."""
+        paths = store.directory.list(_state_path(run_id, None))
+        for path in paths[: -self.config.keep_states]:
+            store.directory.remove_tree(path.rpartition("/")[0])
+
+
+def _state_path(run_id: str, iteration: int | None) -> str:
+    folder = iteration_folder("states", run_id, iteration or 0)
+    if iteration is None:
+        folder = folder.replace("iter=000000", "iter=*")
+    return f"{folder}/state.safetensors"
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in state.items() if name.startswith(f"{prefix}/")}

@@ -1,0 +1,1 @@
+"""Policies: the protocol (base.py) and one file per model family."""

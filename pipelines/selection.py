@@ -1,0 +1,49 @@
+"""Stage `select`: from scored trajectories to the replay buffer and the plan of the iteration."""
+
+from __future__ import annotations
+
+from opgrpo_data import buffer
+from opgrpo_data.errors import StoreError
+from opgrpo_data.plan import build_plan
+from opgrpo_data.store import iteration_folder
+from pipelines.experiment import Experiment, Outcome
+from pipelines.score import reward_files
+
+
+def select(experiment: Experiment, iteration: int, dry_run: bool = False) -> Outcome:
+    """Publish the buffer after this iteration, then its plan. Needs all of its trajectories, all of them scored.
+
+    Raises StoreError when trajectories or rewards are missing.
+    """
+    store, config = experiment.store, experiment.config
+    plan_path = f"{iteration_folder('plans', experiment.run_id, iteration)}.parquet"
+    if store.directory.exists(plan_path):
+        return Outcome("select", iteration, 0, 1)
+    trajectories = store.read_tables("trajectories", store.files("trajectories", run=experiment.run_id, iteration=iteration))
+    rewards = store.read_tables("rewards", reward_files(experiment, iteration))
+    _check_complete(experiment, iteration, trajectories.num_rows, len(set(rewards["trajectory_id"].to_pylist())))
+    rewards = rewards.filter(rewards["error"].is_null())
+    damaged = store.quarantined()
+    plan = build_plan(trajectories, rewards, damaged, config.plan_rule(iteration))
+    paths = store.files("buffers", run=experiment.run_id, iteration=iteration - 1)
+    snapshot = buffer.select(
+        store.read_tables("buffers", paths),
+        buffer.candidates(trajectories, rewards, damaged),
+        run_id=experiment.run_id,
+        iteration=iteration,
+        rule=config.buffer_rule,
+    )
+    if not dry_run:
+        store.publish_table(f"{iteration_folder('buffers', experiment.run_id, iteration)}.parquet", snapshot)
+        store.publish_table(plan_path, plan)
+    detail = {"planned": plan.num_rows, "buffer": snapshot.num_rows}
+    return Outcome("select", iteration, 1, 0, detail)
+
+
+def _check_complete(experiment: Experiment, iteration: int, drawn: int, judged: int) -> None:
+    rollout = experiment.config.rollout
+    expected = rollout.prompts_per_iteration * rollout.group_size
+    if drawn < expected:
+        raise StoreError(f"iteration {iteration} has {drawn} of {expected} trajectories: run `opgrpo rollout` first")
+    if judged < drawn:
+        raise StoreError(f"iteration {iteration} has rewards for {judged} of {drawn} trajectories: run `opgrpo score` first")

@@ -1,0 +1,165 @@
+"""From members to trajectories: fresh ones from noise, continuations from a replayed prefix. Tensors in, store rows out.
+
+Shapes: B members, T steps, K prefix steps, latents (*latent_shape).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opgrpo_data.io import Directory
+from opgrpo_data.shards import LatentLocation, Record, read_latents
+from pipelines import media, sampler
+from pipelines.config import RolloutConfig
+from pipelines.groups import Member
+from pipelines.policies.base import Policy
+from pipelines.sampler import Transitions
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """B trajectories as they came from the sampler.
+
+    prefix_steps: K, 0 for fresh ones. latents: (B, T+1, *latent_shape) float32, on the storage grid. Log-probs: (B, T)
+    float64. path_variance: (B, K) float64. noise_seeds: B x T, the seed of the noise that drew each transition.
+    """
+
+    prefix_steps: int
+
+    latents: Tensor
+    behaviour_logprob: Tensor
+    old_logprob: Tensor
+    path_variance: Tensor
+    noise_seeds: list[list[int]]
+
+
+def draw_fresh(policy: Policy, members: Sequence[Member], grid: Transitions, dtype: str) -> Drawn:
+    """Trajectories from their initial noise, by the policy as it is: behaviour and old policy are the same."""
+    condition = policy.encode([member.prompt.text for member in members])
+    shape = policy.latent_shape
+    start = torch.stack([sampler.noise(member.initial_seed, -1, shape) for member in members]).to(policy.device)
+    path = sampler.draw(
+        lambda x, sigma: policy.velocity(x, sigma, condition),
+        sampler.store_round(start, dtype),
+        grid,
+        [member.seed for member in members],
+        dtype,
+    )
+    seeds = [[member.seed] * grid.num_steps for member in members]
+    return Drawn(0, path.latents, path.logprob, path.logprob, path.logprob[:, :0], seeds)
+
+
+def draw_continuations(policy: Policy, members: Sequence[Member], prefix: Tensor, grid: Transitions, dtype: str) -> Drawn:
+    """Continuations of replayed prefixes x_0..x_K, (B, K+1, *latent_shape): the old policy samples the tail from x_K.
+
+    The old policy's log-probs on the prefix need no sequential sampling: all B K transitions are one batch. The prefix
+    keeps the densities of whoever drew it, also when the parent was a continuation itself.
+    """
+    kept = prefix.shape[1] - 1
+    parents = [member.parent for member in members if member.parent is not None]
+    texts = [member.prompt.text for member in members]
+    old_prefix, variance = _evaluate_prefix(policy, texts, parents, prefix, grid)
+    condition = policy.encode(texts)
+    tail = sampler.draw(
+        lambda x, sigma: policy.velocity(x, sigma, condition),
+        prefix[:, -1],
+        grid,
+        [member.seed for member in members],
+        dtype,
+        first_step=kept,
+    )
+    behaviour = torch.tensor([list(parent["behaviour_logprob"][:kept]) for parent in parents], dtype=torch.float64)
+    return Drawn(
+        prefix_steps=kept,
+        latents=torch.cat([prefix, tail.latents[:, 1:]], 1),
+        behaviour_logprob=torch.cat([behaviour.to(prefix.device), tail.logprob], 1),
+        old_logprob=torch.cat([old_prefix, tail.logprob], 1),
+        path_variance=variance,
+        noise_seeds=[
+            [*parent["noise_seeds"][:kept], *[member.seed] * (grid.num_steps - kept)]
+            for member, parent in zip(members, parents, strict=True)
+        ],
+    )
+
+
+@torch.no_grad()
+def _evaluate_prefix(
+    policy: Policy, texts: Sequence[str], parents: Sequence[Mapping[str, Any]], prefix: Tensor, grid: Transitions
+) -> tuple[Tensor, Tensor]:
+    """Old log-prob and path variance of B K prefix transitions, each (B, K) float64; 0 where a step has no density."""
+    count, kept = prefix.shape[0], prefix.shape[1] - 1
+    density = [k for k in range(kept) if grid.std[k] > 0]
+    pairs = [(row, k) for row in range(count) for k in density]
+    logprob = torch.zeros(count, kept, dtype=torch.float64, device=prefix.device)
+    variance = torch.zeros_like(logprob)
+    rows = torch.tensor([row for row, _ in pairs], device=prefix.device)
+    steps = torch.tensor([k for _, k in pairs], device=prefix.device)
+    latents, following = prefix[rows, steps], prefix[rows, steps + 1]
+    sigmas = torch.as_tensor(grid.sigmas, device=prefix.device)[steps]
+    velocity = policy.velocity(latents, sigmas, policy.encode([texts[row] for row, _ in pairs]))
+    shape = prefix.shape[2:]
+    drawn = torch.stack([sampler.noise(parents[row]["noise_seeds"][k], k, shape) for row, k in pairs])
+    logprob[rows, steps] = sampler.log_density(grid, steps, latents, following, velocity)
+    variance[rows, steps] = sampler.path_variance(grid, steps, latents, following, velocity, drawn.to(prefix.device))
+    return logprob, variance
+
+
+def read_prefix(directory: Directory, parent: Mapping[str, Any], prefix_steps: int) -> Tensor:
+    """Latents x_0..x_K of a buffer entry, (K+1, *latent_shape) float32. Raises CorruptionError."""
+    location = LatentLocation.of(parent)
+    return to_tensor(read_latents(directory, location, 0, prefix_steps), location.dtype)
+
+
+def to_tensor(latents: NDArray[Any], dtype: str) -> Tensor:
+    """Stored latents to float32: bfloat16 lies in the store as its uint16 bits."""
+    if dtype == "bfloat16":
+        return torch.from_numpy(latents.view(np.int16).copy()).view(torch.bfloat16).to(torch.float32)
+    return torch.from_numpy(latents.astype(np.float32))
+
+
+def to_stored(latents: Tensor, dtype: str) -> NDArray[Any]:
+    """The inverse of `to_tensor`, exact for latents that were rounded to the storage dtype."""
+    rounded = latents.detach().cpu().to(sampler.STORAGE_DTYPES[dtype])
+    if dtype == "bfloat16":
+        return np.asarray(rounded.view(torch.int16).numpy().view(np.uint16))
+    return np.asarray(rounded.numpy())
+
+
+def records(
+    policy: Policy,
+    members: Sequence[Member],
+    drawn: Drawn,
+    config: RolloutConfig,
+    common: Mapping[str, Any],
+) -> Iterator[Record]:
+    """What the store keeps of B drawn trajectories. common: the columns that all trajectories of the shard share."""
+    pictures = policy.decode(drawn.latents[:, -1])
+    for i, member in enumerate(members):
+        row = {
+            **common,
+            "trajectory_id": member.trajectory_id,
+            "group_id": member.group_id,
+            "prompt_id": member.prompt.prompt_id,
+            "member_index": member.member_index,
+            "parent_id": member.parent["trajectory_id"] if member.parent else None,
+            "prefix_steps": drawn.prefix_steps,
+            "seed": member.seed,
+            "noise_seeds": drawn.noise_seeds[i],
+            "behaviour_logprob": drawn.behaviour_logprob[i].tolist(),
+            "old_logprob": drawn.old_logprob[i].tolist(),
+            "path_variance": drawn.path_variance[i].tolist(),
+        }
+        yield Record(
+            row,
+            to_stored(drawn.latents[i], config.storage_dtype),
+            media.encode(pictures[i], config.media_format),
+            config.media_format,
+            {"prompt": member.prompt.text, "metadata": dict(member.prompt.metadata)},
+        )

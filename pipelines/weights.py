@@ -1,0 +1,60 @@
+"""Weights as bytes: policy ids, safetensors in and out. A policy's weights are its trainable parameters by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from opgrpo_data import ids
+
+Weights = Mapping[str, Tensor]
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def policy_id(weights: Weights) -> str:
+    """The hash of names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.blake2b()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return ids.weights_id(digest.digest())
+
+
+def to_bytes(weights: Weights) -> bytes:
+    """Serialise as safetensors."""
+    return bytes(safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
+
+
+def from_bytes(data: bytes, where: str) -> dict[str, Tensor]:
+    """The inverse of `to_bytes`. Raises ValueError that names `where` when the bytes are damaged."""
+    try:
+        loaded: dict[str, Tensor] = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
+    return loaded
+
+
+@torch.no_grad()
+def copy_into(module: nn.Module, weights: Weights) -> None:
+    """Copy weights into a module's trainable parameters. Raises ValueError when names or shapes do not match."""
+    parameters = trainable(module)
+    if set(parameters) != set(weights):
+        odd = sorted(set(parameters) ^ set(weights))
+        raise ValueError(f"these weights are of another model: {len(odd)} parameter names differ, for example {odd[0]!r}")
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            raise ValueError(
+                f"these weights are of another model: {name} is {tuple(weights[name].shape)} there and "
+                f"{tuple(parameter.shape)} here"
+            )
+        parameter.copy_(weights[name])

@@ -221,7 +221,8 @@ def sql(
 
 
 def _current(experiment: Experiment, iteration: int | None) -> int:
-    return experiment.iteration if iteration is None else iteration
+    """The iteration the run is in; of a finished run the last one, where there is nothing to do."""
+    return min(experiment.iteration, experiment.config.iterations - 1) if iteration is None else iteration
 
 
 def _planned(experiment: Experiment, iteration: int | None) -> int:
@@ -273,3 +274,7 @@ def _print_table(names: list[str], rows: list[dict[str, Any]]) -> None:
         table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table, markup=False)
+
+
+if __name__ == "__main__":
+    app()

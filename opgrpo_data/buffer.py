@@ -23,31 +23,33 @@ class BufferRule:
     decay_form: Literal["multiplicative", "linear"]
 
 
-def candidates(trajectories: pa.Table, rewards: pa.Table, excluded: set[str]) -> pa.Table:
-    """Scored trajectories as possible buffer entries: inner join on trajectory_id, quarantined ids left out."""
+def candidates(trajectories: pa.Table, rewards: pa.Table) -> pa.Table:
+    """Scored trajectories as possible buffer entries: inner join on trajectory_id, failed rewards left out."""
     with duckdb.connect(":memory:") as connection:
         connection.register("trajectories", trajectories)
         connection.register("rewards", rewards)
-        connection.register("excluded", pa.table({"trajectory_id": pa.array(sorted(excluded), pa.string())}))
         joined = connection.sql(
             "SELECT t.*, r.value AS reward, t.iteration AS born_iteration FROM trajectories t "
-            "JOIN rewards r USING (trajectory_id) "
-            "WHERE r.error IS NULL AND trajectory_id NOT IN (SELECT trajectory_id FROM excluded)"
+            "JOIN rewards r USING (trajectory_id) WHERE r.error IS NULL"
         ).to_arrow_table()
     return conform(joined, BUFFERS)
 
 
-def select(previous: pa.Table, found: pa.Table, *, run_id: str, iteration: int, rule: BufferRule) -> pa.Table:
+def select(
+    previous: pa.Table, found: pa.Table, excluded: set[str], *, run_id: str, iteration: int, rule: BufferRule
+) -> pa.Table:
     """The buffer after `iteration`: per prompt the best of the incumbent and the new candidates.
 
     previous, found and the result have the schema BUFFERS. An incumbent stays unless it is beaten: ties go to the entry
-    born first, then to the smaller id. Rewards that are not finite never enter.
+    born first, then to the smaller id. Rewards that are not finite never enter. An entry in quarantine (`excluded`) leaves
+    the buffer, and the best new candidate, if any, takes its place: what it once beat was not kept.
     """
     query = resources.files("opgrpo_data").joinpath("queries/buffer.sql").read_text()
     parameters = {"iteration": iteration, "decay": rule.decay, "decay_form": rule.decay_form}
     with duckdb.connect(":memory:") as connection:
         connection.register("previous", previous)
         connection.register("candidates", found)
+        connection.register("excluded", pa.table({"trajectory_id": pa.array(sorted(excluded), pa.string())}))
         chosen = connection.sql(query, params=parameters).to_arrow_table()
     snapshot = conform(chosen, BUFFERS)
     for name, value in (("run_id", run_id), ("iteration", iteration)):

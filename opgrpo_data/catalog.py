@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from datetime import datetime
 from typing import Any
@@ -39,16 +40,26 @@ class Catalog:
         readable: list[str] = []
         sources = {name: self._source(store, name, readable) for name in TABLES}
         for view, query in _VIEWS.items():
-            self.connection.execute(f"CREATE VIEW {view} AS {query.format(**sources)}")
+            self._create_view(store, view, query.format(**sources))
         self.connection.register(
             "policies", table_of([_policy(d) for d in store.documents("policies/*/policy.json")], POLICIES)
         )
         self.connection.register("runs", table_of([_run(d) for d in store.documents("runs/*.json")], RUNS))
         self._lock(readable)
 
+    def _create_view(self, store: Store, view: str, query: str) -> None:
+        try:
+            self.connection.execute(f"CREATE VIEW {view} AS {query}")
+        except duckdb.Error as error:
+            for kind in TABLES:
+                store.read_tables(kind, store.files(kind))  # names the damaged file, which DuckDB does not
+            raise StoreError(f"view {view}: {' '.join(str(error).split())}") from error
+
     def _source(self, store: Store, kind: str, readable: list[str]) -> str:
         paths = store.files(kind)
-        if not paths or not store.directory.local:
+        # DuckDB would take a `*` in the store's own path for a wildcard, and read its neighbours.
+        wild = glob.escape(store.directory.root) != store.directory.root
+        if not paths or not store.directory.local or wild:
             self.connection.register(f"stored_{kind}", store.read_tables(kind, paths))
             return f"stored_{kind}"
         absolute = [store.directory.path(path) for path in paths]

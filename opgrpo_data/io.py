@@ -8,6 +8,7 @@ the name is taken. A commit is a `publish`.
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import os
 import re
@@ -59,7 +60,9 @@ class Directory:
     def list(self, pattern: str) -> list[str]:
         """Relative paths of the published files that match a glob, sorted."""
         prefix = f"{self.root}/"
-        found = [str(path) for path in self.filesystem.glob(self.path(pattern))]
+        # Only the pattern may hold wildcards: a store can lie in a folder named `runs[1]`.
+        wanted = glob.escape(self.root) + self.path(pattern).removeprefix(self.root)
+        found = [str(path) for path in self.filesystem.glob(wanted)]
         names = [path.removeprefix(prefix) for path in found]
         return sorted(name for name in names if not name.rpartition("/")[2].startswith(TEMPORARY_PREFIX))
 

@@ -6,9 +6,11 @@ file lacks it. A changed meaning is a new major version.
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from opgrpo_data.errors import StoreError
 
@@ -229,6 +231,13 @@ def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
         if extra := set(row) - known:
             raise ValueError(f"columns {sorted(extra)} are not in the schema; it has {schema.names}")
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """A table as a Parquet file, each page with its own checksum: a flipped bit must not change a log-prob unseen."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, write_page_checksum=True)
+    return buffer.getvalue()
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

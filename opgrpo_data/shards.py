@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.io import Directory, checked_name
-from opgrpo_data.schema import LOCATION, TRAJECTORIES, table_of
+from opgrpo_data.schema import LOCATION, TRAJECTORIES, table_of, to_parquet
 
 TAR_BLOCK = 512
 
@@ -72,7 +71,8 @@ class _Tar:
 def write_shard(directory: Directory, folder: str, shard: str, records: Iterable[Record]) -> bool:
     """Write the tars of a shard, then publish its index. False if another attempt committed this shard first.
 
-    Raises ValueError when a record does not fit the schema. Until the index is published nothing is visible to readers.
+    Raises ValueError when a record does not fit the schema, or its latents are not what its row says. Until the index is
+    published nothing is visible to readers.
     """
     checked_name(shard, "shard")
     attempt = secrets.token_hex(4)
@@ -83,7 +83,7 @@ def write_shard(directory: Directory, folder: str, shard: str, records: Iterable
         latents_tar = _Tar(stack.enter_context(directory.write_atomic(latents_file)))
         media_tar = _Tar(stack.enter_context(directory.write_atomic(media_file)))
         for record in records:
-            key = checked_name(str(record.row["trajectory_id"]), "trajectory_id")
+            key = _checked(record)
             rows.append(
                 {**record.row, "shard": shard}
                 | {"latents_file": latents_file, **_add_latents(latents_tar, key, record.latents)}
@@ -92,9 +92,19 @@ def write_shard(directory: Directory, folder: str, shard: str, records: Iterable
         index = table_of(rows, TRAJECTORIES)
         media_tar.close()
         latents_tar.close()
-    buffer = io.BytesIO()
-    pq.write_table(index, buffer)
-    return directory.publish(f"{folder}/{shard}.parquet", buffer.getvalue())
+    return directory.publish(f"{folder}/{shard}.parquet", to_parquet(index))
+
+
+def _checked(record: Record) -> str:
+    """The record's key in the tars. Raises ValueError where what would be committed could not be read back."""
+    key = checked_name(str(record.row["trajectory_id"]), "trajectory_id")
+    checked_name(record.media_format, "media_format")
+    shape, dtype = tuple(record.row["latent_shape"]), record.row["latent_dtype"]
+    if dtype not in NUMPY_DTYPES or record.latents.dtype != NUMPY_DTYPES[dtype] or record.latents.shape[1:] != shape:
+        raise ValueError(
+            f"trajectory {key}: its row says latents of {dtype} {shape}, it has {record.latents.dtype} {record.latents.shape[1:]}"
+        )
+    return key
 
 
 def _add_latents(tar: _Tar, key: str, latents: NDArray[Any]) -> dict[str, Any]:
@@ -136,9 +146,13 @@ class LatentLocation:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> LatentLocation:
         """From a row that has trajectory_id and the LOCATION columns. Raises StoreError when they contradict."""
-        shape, dtype, file, offset, length, header, checksums = (row[name] for name in LOCATION.names)
+        values = [row[name] for name in LOCATION.names]
+        if any(value is None for value in values):
+            missing = [name for name in LOCATION.names if row[name] is None]
+            raise StoreError(f"{row['latents_file']}: the index row of {row['trajectory_id']} has no {missing}")
+        shape, dtype, file, offset, length, header, checksums = values
         location = cls(str(row["trajectory_id"]), tuple(shape), dtype, file, offset, length, header, tuple(checksums))
-        if dtype not in NUMPY_DTYPES or header + location.latent_bytes * len(checksums) != length or offset < 0:
+        if dtype not in NUMPY_DTYPES or header + location.latent_bytes * len(checksums) != length or min(offset, header) < 0:
             raise StoreError(
                 f"{file}: the index row of {location.trajectory_id} contradicts itself: {len(checksums)} latents of "
                 f"{dtype} {shape} and a header of {header} bytes are not {length} bytes at offset {offset}"

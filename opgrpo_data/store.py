@@ -5,7 +5,6 @@ Everything a stage decides is a Parquet table or a JSON document published here 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,20 +77,19 @@ class Store:
 
     def publish_table(self, path: str, table: pa.Table) -> bool:
         """Publish a table as Parquet unless the name is taken. True if this call created it."""
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer)
-        return self.directory.publish(path, buffer.getvalue())
+        return self.directory.publish(path, schema.to_parquet(table))
 
     def read_tables(self, kind: str, paths: Sequence[str]) -> pa.Table:
         """The rows of several files of one kind, in the order of `paths`; columns exactly as in its schema."""
         wanted = TABLES[kind].schema
-        tables = [schema.conform(self._read_parquet(path), wanted) for path in paths]
+        tables = [self._read_parquet(path, wanted) for path in paths]
         return pa.concat_tables(tables) if tables else wanted.empty_table()
 
-    def _read_parquet(self, path: str) -> pa.Table:
+    def _read_parquet(self, path: str, wanted: pa.Schema) -> pa.Table:
+        data = self.directory.read(path)
         try:
-            return pq.read_table(pa.BufferReader(self.directory.read(path)))
-        except pa.ArrowInvalid as error:
+            return schema.conform(pq.read_table(pa.BufferReader(data), page_checksum_verification=True), wanted)
+        except (pa.ArrowException, OSError, ValueError) as error:  # depending on which byte is damaged
             raise StoreError(
                 f"{path} is damaged ({error}): remove it, and the stage that wrote it will make it again"
             ) from error
@@ -147,7 +145,10 @@ class Store:
     def documents(self, pattern: str) -> Iterator[dict[str, Any]]:
         """The JSON documents whose paths match a glob, in the order of their names."""
         for path in self.directory.list(pattern):
-            yield json.loads(self.directory.read(path))
+            try:
+                yield json.loads(self.directory.read(path))
+            except ValueError as error:
+                raise StoreError(f"{path} is not JSON ({error}): the store was damaged") from error
 
     # -- quarantine -------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,8 @@ from opgrpo_data import ids
 from opgrpo_data.buffer import BufferRule
 from opgrpo_data.io import NAME
 from opgrpo_data.plan import PlanRule
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -82,7 +84,7 @@ class TrainConfig(Section):
     """How the policy is updated."""
 
     lr: float = Field(2e-4, gt=0, description="AdamW learning rate")
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer_steps: int = Field(2, ge=1, description="updates per iteration")
@@ -113,7 +115,7 @@ class EvalConfig(Section):
 class RunConfig(Section):
     """One experiment."""
 
-    name: str = Field(pattern=NAME.pattern, max_length=64)
+    name: str = Field(pattern=f"^{NAME.pattern}$", max_length=64)
     seed: int = Field(0, ge=0, lt=2**63)
     algorithm: Literal["op_grpo", "flow_grpo"] = Field("op_grpo", description="flow_grpo: the same with an empty buffer")
     iterations: int = Field(ge=1)
@@ -206,7 +208,10 @@ def _apply(document: dict[str, Any], override: str) -> None:
         document = document.setdefault(parent, {})
         if not isinstance(document, dict):
             raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
-    document[last] = yaml.safe_load(value)
+    try:
+        document[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
@@ -216,9 +221,10 @@ def _explain(problem: Mapping[str, Any]) -> str:
         given = "" if problem["type"] in ("missing", "value_error") else f", got {problem['input']!r}"
         return f"{key}: {problem['msg']}{given}" if key else str(problem["msg"]).removeprefix("Value error, ")
     known = list(_known_keys(RunConfig))
-    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-        location[-1], [name.rpartition(".")[2] for name in known], n=1
-    )
+    by_last_part = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(key, known, n=1) or [
+        by_last_part[name] for name in difflib.get_close_matches(location[-1], by_last_part, n=1)
+    ]
     return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 

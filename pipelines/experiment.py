@@ -55,10 +55,17 @@ class Experiment:
         for split, members in prompts.items():
             store.add_prompts([{"text": p.text, "metadata": p.metadata} for p in members], split)
         experiment = cls(store, config, progress)
-        document = {"config": config.model_dump(mode="json"), "command": sys.argv, "software": software()}
-        store.add_run(experiment.run_id, document)
-        learner = experiment.learner(0)
-        experiment.register_policy(learner.policy_id, None, iteration=0, kind="base", weights=None)
+        base_id = experiment.learner(0).policy_id
+        experiment.register_policy(base_id, None, iteration=0, kind="base", weights=None)
+        store.add_run(
+            experiment.run_id,
+            {
+                "config": config.model_dump(mode="json"),
+                "base_policy_id": base_id,
+                "command": sys.argv,
+                "software": software(),
+            },
+        )
         return experiment
 
     @classmethod
@@ -85,7 +92,14 @@ class Experiment:
     def _learner(self) -> Learner:
         from pipelines.learner import Learner
 
-        return Learner(self.policy, self.config.train)
+        learner = Learner(self.policy, self.config.train)
+        for run in self.store.documents(f"runs/{self.run_id}.json"):
+            if run["base_policy_id"] != learner.policy_id:
+                raise StoreError(
+                    f"the model {self.config.policy.model!r} is not the one that run {self.run_id} began with "
+                    f"(policy {run['base_policy_id']}, now {learner.policy_id}): restore that model, or init a run under another name"
+                )
+        return learner
 
     def learner(self, iteration: int) -> Learner:
         """The learner as it was at the start of `iteration`, from memory if it is there."""

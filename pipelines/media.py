@@ -22,7 +22,7 @@ def decode(data: bytes) -> Media:
     """The inverse of `encode`. Raises ValueError on bytes that are no picture."""
     try:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:  # a torn PNG: SyntaxError
         raise ValueError(f"not a picture: {error}") from error
 
 

@@ -38,7 +38,7 @@ def load_prompts(source: str) -> dict[str, list[Prompt]]:
         return {split: [Prompt(p.text, p.metadata) for p in prompts(split)] for split in get_args(Split)}
     found: dict[str, dict[str, Prompt]] = {split: {} for split in get_args(Split)}
     try:
-        lines = Path(source).read_text().splitlines()
+        lines = Path(source).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028, which JSON allows
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompt file {source!r}: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -60,4 +60,9 @@ def _parse(line: str, where: str) -> tuple[str, Prompt]:
     split, metadata = document.get("split", "train"), document.get("metadata", {})
     if split not in get_args(Split) or not isinstance(metadata, dict) or set(document) - {"text", "metadata", "split"}:
         raise ValueError(f'{where}: "split" is one of {get_args(Split)}, "metadata" an object, and nothing else: {line[:80]}')
-    return split, Prompt(document["text"], metadata)
+    prompt = Prompt(document["text"], metadata)
+    try:
+        ids.canonical_json((prompt.text, metadata)).encode()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; a prompt has to be plain JSON in UTF-8") from error
+    return split, prompt

@@ -16,7 +16,7 @@ class Registry(Generic[T]):
         self.kind = kind
         self.known = dict(known)
 
-    def build(self, name: str, **options: Any) -> T:
+    def build(self, name: str, /, **options: Any) -> T:
         """Import the factory called `name` and call it with `options`.
 
         Raises ValueError when the name is unknown, the import path does not lead to a callable, or the factory does

@@ -28,7 +28,8 @@ def select(experiment: Experiment, iteration: int, dry_run: bool = False) -> Out
     paths = store.files("buffers", run=experiment.run_id, iteration=iteration - 1)
     snapshot = buffer.select(
         store.read_tables("buffers", paths),
-        buffer.candidates(trajectories, rewards, damaged),
+        buffer.candidates(trajectories, rewards),
+        damaged,
         run_id=experiment.run_id,
         iteration=iteration,
         rule=config.buffer_rule,

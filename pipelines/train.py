@@ -61,7 +61,9 @@ def _run_plan(experiment: Experiment, learner: Learner, plan: pa.Table) -> Rows:
     planned = dict(zip(sizes["optimizer_step"], sizes["trajectory_id_count"], strict=True))
     updates: Rows = []
     for step, batches in groupby(stream(experiment.store.directory, plan), key=lambda batch: batch.optimizer_step):
-        learner.optimizer.zero_grad(set_to_none=False)
+        for parameter in learner.parameters.values():
+            # Zero, not None: a step without gradient must move the weights alike in a fresh and in a resumed process.
+            parameter.grad = torch.zeros_like(parameter)
         rows = [row for batch in batches for row in _accumulate(experiment, learner, batch, planned[step])]
         grad_norm = float(nn.utils.clip_grad_norm_(learner.parameters.values(), experiment.config.train.max_grad_norm))
         if not torch.isfinite(torch.tensor(grad_norm)):

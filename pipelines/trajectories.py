@@ -148,7 +148,7 @@ def records(
             "group_id": member.group_id,
             "prompt_id": member.prompt.prompt_id,
             "member_index": member.member_index,
-            "parent_id": member.parent["trajectory_id"] if member.parent else None,
+            "parent_id": member.parent["trajectory_id"] if member.parent and drawn.prefix_steps else None,
             "prefix_steps": drawn.prefix_steps,
             "seed": member.seed,
             "noise_seeds": drawn.noise_seeds[i],

@@ -1,11 +1,12 @@
 -- The replay buffer after one iteration: at most one entry per prompt, the highest decayed reward.
 -- previous:   the buffer one iteration earlier        candidates: this iteration's scored trajectories
+-- excluded:   ids of trajectories in quarantine, which are neither kept nor taken
 -- Decay keeps the order of any two entries, so the best of (previous best, new) is the best of all history.
 -- A negative reward decays away from zero: age must never make an entry look better.
 WITH aged AS (
     SELECT * EXCLUDE (age, decayed_reward), $iteration - born_iteration AS age
     FROM (SELECT * FROM previous UNION ALL BY NAME SELECT * FROM candidates)
-    WHERE isfinite(reward)
+    WHERE isfinite(reward) AND trajectory_id NOT IN (SELECT trajectory_id FROM excluded)
 ),
 decayed AS (
     SELECT

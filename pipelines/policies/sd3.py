@@ -52,18 +52,21 @@ class SD3Policy:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Run the text encoders, once per distinct prompt."""
-        missing = sorted({prompt for prompt in prompts if prompt not in self._encoded})
-        if missing:
+        """Run the text encoders, once per distinct prompt.
+
+        One prompt at a time: in a batch its encoding would depend, in the last digit, on its neighbours, and a run that
+        resumes meets its prompts in another company than one that was never interrupted.
+        """
+        for prompt in sorted({prompt for prompt in prompts if prompt not in self._encoded}):
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                missing,
+                prompt,
                 None,
                 None,
                 device=self.device,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,
             )
-            self._encoded |= {prompt: Condition(embeds[i], pooled[i]) for i, prompt in enumerate(missing)}
+            self._encoded[prompt] = Condition(embeds[0], pooled[0])
         chosen = [self._encoded[prompt] for prompt in prompts]
         return Condition(torch.stack([c.embeds for c in chosen]), torch.stack([c.pooled for c in chosen]))
 
@@ -119,7 +122,11 @@ def load(
     if dtype not in DTYPES:
         raise ValueError(f"policy.options.dtype {dtype!r}: choose one of {sorted(DTYPES)}")
     source = str(PIPELINE_DIR) if model == "embedded" else model
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise ValueError(f"policy.options.device {device!r} cannot be used: {' '.join(str(error).split())}") from error
     if model == "embedded":
         max_sequence_length = 0  # it has no T5 encoder, and none of its padding
     try:

@@ -1,0 +1,150 @@
+"""One run from the first command to the last: what it prints, what it leaves, and that other tools can read it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import webdataset
+from PIL import Image
+
+from opgrpo_data.store import Store
+from tests.integration.conftest import opgrpo, opgrpo_json
+
+Finished = tuple[Path, dict[str, Any]]
+LEARNING_CURVE = (
+    "SELECT iteration, count(*) AS n, avg(value) AS reward FROM trajectories JOIN rewards USING (trajectory_id) "
+    "GROUP BY 1 ORDER BY 1"
+)
+
+
+def test_result_has_what_a_script_needs(finished: Finished) -> None:
+    store, result = finished
+    assert Path(result["store"]) == store
+    assert result["run_id"].startswith("small-")
+    assert result["samples"] == 16
+    assert 0 <= result["held_out_before"] <= 1
+    assert 0 <= result["held_out_after"] <= 1
+    assert result["seconds"] > 0
+    assert Image.open(result["picture"]).size[0] > 500
+
+
+def test_learning_curve_by_sql(finished: Finished) -> None:
+    rows = opgrpo_json("sql", "--store", finished[0], LEARNING_CURVE)
+    assert [(row["iteration"], row["n"]) for row in rows] == [(0, 8), (1, 8)]
+    assert all(0 <= row["reward"] <= 1 for row in rows)
+    assert "reward" in opgrpo("sql", "--store", finished[0], LEARNING_CURVE).stdout
+
+
+def test_plain_duckdb_reads_the_indexes(finished: Finished) -> None:
+    query = f"SELECT count(*), count(DISTINCT trajectory_id) FROM '{finished[0]}/trajectories/**/*.parquet'"
+    assert duckdb.sql(query).fetchall() == [(16, 16)]
+
+
+def test_plain_webdataset_reads_the_tars(finished: Finished) -> None:
+    tars = sorted(map(str, finished[0].glob("trajectories/**/*.media.tar")))
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False, nodesplitter=None))
+    assert len(samples) == 16
+    assert {sample["__key__"] for sample in samples} == {json.loads(sample["json"])["trajectory_id"] for sample in samples}
+    assert all(np.asarray(Image.open(io.BytesIO(sample["png"]))).shape == (24, 24, 3) for sample in samples)
+    latents = sorted(map(str, finished[0].glob("trajectories/**/*.latents.tar")))
+    arrays = [sample["latents.npy"] for sample in webdataset.WebDataset(latents, shardshuffle=False, nodesplitter=None)]
+    assert all(np.load(io.BytesIO(array)).shape == (6, 8, 3, 3) for array in arrays)
+
+
+def test_replay_reaches_the_plan(finished: Finished) -> None:
+    """Both prompts are drawn in every iteration, so from the second on every group has a continuation."""
+    rows = opgrpo_json(
+        "sql",
+        "--store",
+        finished[0],
+        "SELECT p.iteration, p.role, count(*) AS n, min(t.prefix_steps) AS k, bool_and(b.trajectory_id IS NOT NULL) AS known "
+        "FROM plans p JOIN trajectories t USING (trajectory_id) LEFT JOIN trajectories b ON t.parent_id = b.trajectory_id "
+        "GROUP BY ALL ORDER BY ALL",
+    )
+    assert rows == [
+        {"iteration": 0, "role": "fresh", "n": 8, "k": 0, "known": False},
+        {"iteration": 1, "role": "continuation", "n": 2, "k": 2, "known": True},
+        {"iteration": 1, "role": "fresh", "n": 6, "k": 0, "known": False},
+    ]
+
+
+def test_lineage_of_a_gradient_is_one_query(finished: Finished) -> None:
+    rows = opgrpo_json(
+        "sql",
+        "--store",
+        finished[0],
+        "SELECT u.trajectory_id, t.policy_id, t.latents_file, t.latents_offset, t.latents_length, prompts.text "
+        "FROM updates u JOIN trajectories t USING (trajectory_id) JOIN prompts USING (prompt_id) WHERE u.iteration = 1",
+    )
+    assert len(rows) == 8
+    for row in rows:
+        with tarfile.open(finished[0] / row["latents_file"]) as tar:
+            member = tar.getmember(f"{row['trajectory_id']}.latents.npy")
+        assert (member.offset_data, member.size) == (row["latents_offset"], row["latents_length"])
+
+
+def test_ratios_are_one_at_the_first_optimizer_step(finished: Finished) -> None:
+    """Before the first update the current policy is the old one: nothing but rounding may move the ratio."""
+    rows = opgrpo_json(
+        "sql",
+        "--store",
+        finished[0],
+        "SELECT max(abs(ratio - 1)) AS off FROM (SELECT unnest(ratio) AS ratio FROM updates WHERE optimizer_step = 0)",
+    )
+    assert rows[0]["off"] <= 1e-6
+
+
+def test_a_finished_run_does_nothing_again(finished: Finished, config: Path) -> None:
+    store, result = finished
+    before = sorted(path for path in store.rglob("*") if path.is_file())
+    again = opgrpo_json("run", config, "--store", store)
+    assert again["policy_id"] == result["policy_id"]
+    assert sorted(path for path in store.rglob("*") if path.is_file()) == before
+
+
+def test_staged_commands_give_the_same_policy(finished: Finished, config: Path, tmp_path: Path) -> None:
+    """The separate commands, one process each, end where the in-process loop ended."""
+    store = tmp_path / "store"
+    opgrpo("init", config, "--store", store)
+    for _ in range(2):
+        for stage in ("rollout", "score", "select", "train"):
+            assert opgrpo_json(stage, config, "--store", store)["done"] > 0
+    assert opgrpo_json("eval", config, "--store", store)["detail"]["policy_id"] == finished[1]["policy_id"]
+
+
+def test_every_stage_says_nothing_to_do(finished: Finished, config: Path) -> None:
+    for stage in ("rollout", "score", "select", "train", "eval"):
+        outcome = opgrpo_json(stage, config, "--store", finished[0])
+        assert (stage, outcome["done"]) == (stage, 0)
+
+
+def test_dry_run_changes_nothing(finished: Finished, config: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(finished[0], store)
+    before = sorted(store.rglob("*"))
+    longer = ("--set", "iterations=3")
+    assert opgrpo_json("rollout", config, "--store", store, "--dry-run", *longer)["detail"]["trajectories"] == 8
+    assert opgrpo_json("run", config, "--store", store, "--dry-run", *longer)["trajectories"] == 24
+    assert sorted(store.rglob("*")) == before
+
+
+def test_a_longer_run_continues_the_shorter(finished: Finished, config: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(finished[0], store)
+    result = opgrpo_json("run", config, "--store", store, "--set", "iterations=3")
+    assert result["run_id"] == finished[1]["run_id"]
+    assert len(Store.open(str(store)).files("updates", run=result["run_id"])) == 3
+
+
+def test_flow_grpo_has_no_continuations(config: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    opgrpo("run", config, "--store", store, "--set", "algorithm=flow_grpo")
+    rows = opgrpo_json("sql", "--store", store, "SELECT DISTINCT role FROM plans")
+    assert rows == [{"role": "fresh"}]

@@ -1,0 +1,149 @@
+"""What the tests of the compute plane share: the embedded policy, loaded once, and experiments in small stores."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opgrpo_data.io import Directory
+from opgrpo_data.shards import write_shard
+from opgrpo_data.store import Store
+from pipelines import weights
+from pipelines.config import RunConfig, build_config
+from pipelines.experiment import Experiment
+from pipelines.groups import Member, shard_tasks
+from pipelines.policies.sd3 import SD3Policy, load
+from pipelines.progress import Progress
+from pipelines.prompts import Prompt
+from pipelines.sampler import Transitions, transitions
+from pipelines.trajectories import Drawn, records
+
+SMALL: Mapping[str, Any] = {
+    "name": "small",
+    "iterations": 3,
+    "policy": {"family": "tests.pipelines.helpers:shared_policy"},
+    "prompts": {"limit": 4},
+    "rollout": {"prompts_per_iteration": 2, "group_size": 4, "num_steps": 5, "groups_per_shard": 1},
+    "replay": {"prefix_steps": 2},
+    "reward": {"name": "tests.pipelines.bad_rewards:moody"},
+    "train": {"window": 3, "optimizer_steps": 1, "max_grad_norm": 1e6},
+    "eval": {"samples": 6, "num_steps": 3, "reward": {"name": "tests.pipelines.bad_rewards:moody"}},
+}
+"""Two groups of four trajectories of five steps, one shard a group; a clip of the gradient that never bites."""
+
+
+@cache
+def _embedded() -> tuple[SD3Policy, dict[str, Tensor]]:
+    policy = load("embedded", device="cpu")
+    return policy, {name: tensor.detach().clone() for name, tensor in weights.trainable(policy.trainable).items()}
+
+
+def shared_policy(model: str = "embedded") -> SD3Policy:
+    """The embedded policy with its shipped weights. Also a `policy.family`: experiments need not load it again."""
+    policy, shipped = _embedded()
+    weights.copy_into(policy.trainable, shipped)
+    policy.trainable.zero_grad()
+    policy._encoded.clear()
+    return policy
+
+
+def perturbed(policy: SD3Policy, scale: float, seed: int) -> dict[str, Tensor]:
+    """The policy's weights with a relative Gaussian error: another policy nearby."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor.detach() * (1 + scale * torch.randn(tensor.shape, generator=generator))
+        for name, tensor in weights.trainable(policy.trainable).items()
+    }
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, `changes` on top of `base`."""
+    result = dict(base)
+    for key, value in changes.items():
+        result[key] = merged(result.get(key, {}), value) if isinstance(value, Mapping) else value
+    return result
+
+
+def small(**changes: Any) -> RunConfig:
+    """The small configuration with some settings changed."""
+    return build_config(merged(SMALL, changes), "test")
+
+
+def created(folder: Path, config: RunConfig) -> Experiment:
+    """A fresh store with one run in it."""
+    return Experiment.init(str(folder / "store"), config, Progress(quiet=True))
+
+
+def forked(store: Path, folder: Path, config: RunConfig) -> Experiment:
+    """The run in a copy of a store, as another process would open it: nothing in memory, the policy as shipped."""
+    shutil.copytree(store, folder / "store")
+    return Experiment.open(str(folder / "store"), config, Progress(quiet=True))
+
+
+def reopened(experiment: Experiment) -> Experiment:
+    """The same run and store without anything in memory."""
+    return Experiment(Store.open(experiment.store.directory.url), experiment.config, Progress(quiet=True))
+
+
+def members_of(config: RunConfig, iteration: int = 0, buffer: Mapping[str, Mapping[str, Any]] | None = None) -> list[Member]:
+    """All members of an iteration over four prompts of the embedded world's vocabulary."""
+    texts = ["a red circle", "two blue squares", "a red circle left of a blue square", "one green diamond"]
+    tasks = shard_tasks(config, config.run_id, [Prompt(text, {}) for text in texts], iteration, buffer or {})
+    return [member for task in tasks for member in task.members]
+
+
+def grid_of(policy: SD3Policy, config: RunConfig) -> Transitions:
+    """The transitions of a configuration's rollout."""
+    rollout = config.rollout
+    return transitions(rollout.sampler, policy.sigmas(rollout.num_steps), rollout.noise_level)
+
+
+def stored(
+    directory: Directory, shard: str, policy: SD3Policy, members: list[Member], drawn: Drawn, config: RunConfig
+) -> list[dict[str, Any]]:
+    """Write trajectories as a shard of a store and read its index back, in the order of `members`."""
+    grid = grid_of(policy, config)
+    common = {
+        "run_id": config.run_id,
+        "sampler": config.rollout.sampler,
+        "num_steps": grid.num_steps,
+        "noise_level": config.rollout.noise_level,
+        "sigmas": grid.sigmas.tolist(),
+        "transition_std": grid.std.tolist(),
+        "latent_shape": list(policy.latent_shape),
+        "latent_dtype": config.rollout.storage_dtype,
+        "num_elements": elements(policy),
+    }
+    assert write_shard(directory, "shards", shard, records(policy, members, drawn, config.rollout, common))
+    return Store(directory).read_tables("trajectories", [f"shards/{shard}.parquet"]).to_pylist()
+
+
+def elements(policy: SD3Policy) -> int:
+    """D."""
+    return int(torch.Size(policy.latent_shape).numel())
+
+
+def rows_of(experiment: Experiment, kind: str, iteration: int | None = None) -> list[dict[str, Any]]:
+    """All rows of one kind of table in an experiment's store."""
+    files = experiment.store.files(kind, iteration=iteration)
+    return experiment.store.read_tables(kind, files).to_pylist()
+
+
+def flipped(path: Path, offset: int) -> None:
+    """Damage one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+def each(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Two sets of weights, parameter by parameter."""
+    assert set(values) == set(others)
+    for name in sorted(values):
+        yield name, values[name], others[name]

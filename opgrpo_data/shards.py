@@ -100,10 +100,9 @@ def _checked(record: Record) -> str:
     key = checked_name(str(record.row["trajectory_id"]), "trajectory_id")
     checked_name(record.media_format, "media_format")
     shape, dtype = tuple(record.row["latent_shape"]), record.row["latent_dtype"]
-    if dtype not in NUMPY_DTYPES or record.latents.dtype != NUMPY_DTYPES[dtype] or record.latents.shape[1:] != shape:
-        raise ValueError(
-            f"trajectory {key}: its row says latents of {dtype} {shape}, it has {record.latents.dtype} {record.latents.shape[1:]}"
-        )
+    found = record.latents
+    if dtype not in NUMPY_DTYPES or found.dtype != NUMPY_DTYPES[dtype] or found.shape[1:] != shape:
+        raise ValueError(f"trajectory {key}: its row says latents of {dtype} {shape}, it has {found.dtype} {found.shape[1:]}")
     return key
 
 
@@ -146,11 +145,9 @@ class LatentLocation:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> LatentLocation:
         """From a row that has trajectory_id and the LOCATION columns. Raises StoreError when they contradict."""
-        values = [row[name] for name in LOCATION.names]
-        if any(value is None for value in values):
-            missing = [name for name in LOCATION.names if row[name] is None]
+        if missing := [name for name in LOCATION.names if row[name] is None]:
             raise StoreError(f"{row['latents_file']}: the index row of {row['trajectory_id']} has no {missing}")
-        shape, dtype, file, offset, length, header, checksums = values
+        shape, dtype, file, offset, length, header, checksums = (row[name] for name in LOCATION.names)
         location = cls(str(row["trajectory_id"]), tuple(shape), dtype, file, offset, length, header, tuple(checksums))
         if dtype not in NUMPY_DTYPES or header + location.latent_bytes * len(checksums) != length or min(offset, header) < 0:
             raise StoreError(

@@ -57,7 +57,7 @@ def rolled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(rolled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same after `score` and `select`: ready to train iteration 0."""
     folder = tmp_path_factory.mktemp("planned")
-    experiment = forked(rolled, folder, small())
+    experiment = forked(rolled, folder)
     score(experiment, 0)
     select(experiment, 0)
     return folder / "store"
@@ -67,7 +67,7 @@ def planned(rolled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def replayed(planned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same at iteration 2, which visits the prompts of a second lap: its groups hold continuations."""
     folder = tmp_path_factory.mktemp("replayed")
-    experiment = forked(planned, folder, small())
+    experiment = forked(planned, folder)
     train(experiment, 0)
     for iteration in (1, 2):
         rollout(experiment, iteration)

@@ -80,15 +80,22 @@ def created(folder: Path, config: RunConfig) -> Experiment:
     return Experiment.init(str(folder / "store"), config, Progress(quiet=True))
 
 
-def forked(store: Path, folder: Path, config: RunConfig) -> Experiment:
-    """The run in a copy of a store, as another process would open it: nothing in memory, the policy as shipped."""
+def forked(store: Path, folder: Path, **changes: Any) -> Experiment:
+    """The run of the small configuration in a copy of a store, as another process would open it.
+
+    `changes` are settings for what the test does next. They would name another run, so the run keeps its name.
+    """
     shutil.copytree(store, folder / "store")
-    return Experiment.open(str(folder / "store"), config, Progress(quiet=True))
+    experiment = Experiment(Store.open(str(folder / "store")), small(**changes), Progress(quiet=True))
+    experiment.run_id = small().run_id
+    return experiment
 
 
 def reopened(experiment: Experiment) -> Experiment:
     """The same run and store without anything in memory."""
-    return Experiment(Store.open(experiment.store.directory.url), experiment.config, Progress(quiet=True))
+    other = Experiment(Store.open(experiment.store.directory.url), experiment.config, Progress(quiet=True))
+    other.run_id = experiment.run_id
+    return other
 
 
 def members_of(config: RunConfig, iteration: int = 0, buffer: Mapping[str, Mapping[str, Any]] | None = None) -> list[Member]:

@@ -7,7 +7,7 @@ STORE ?= demo-store
 .PHONY: demo test clean
 
 demo: $(VENV)/installed
-	$(BIN)/opgrpo quickstart --store $(STORE)
+	$(BIN)/opgrpo quickstart --store $(STORE) $(OPTIONS)
 
 test: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ from opgrpo_data.schema import BUFFERS, conform
 
 @dataclass(frozen=True)
 class BufferRule:
-    """How an entry's reward R loses value with its age in iterations (ALGORITHM: section 3, buffer).
+    """How an entry's reward R loses value with its age in iterations (docs/maths.md, section 3).
 
     multiplicative: R * decay^age, with decay in (0, 1]. linear: R - decay * age, with decay >= 0.
     """

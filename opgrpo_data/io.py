@@ -81,9 +81,9 @@ class Directory:
     def write_atomic(self, relative: str) -> Iterator[BinaryIO]:
         """A file to write into that appears under its name, whole and on disk, when the block ends without an error."""
         if not self.local:
-            buffer = io.BytesIO()
+            path, buffer = self.path(relative), io.BytesIO()
             yield buffer
-            self.filesystem.pipe_file(self.path(relative), buffer.getvalue())
+            self.filesystem.pipe_file(path, buffer.getvalue())
             return
         with self._temporary(relative) as (file, temporary, target):
             yield file

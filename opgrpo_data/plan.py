@@ -20,7 +20,7 @@ ADVANTAGE_DELTA = 1e-4
 
 @dataclass(frozen=True)
 class PlanRule:
-    """How scored groups become a plan (ALGORITHM: section 4).
+    """How scored groups become a plan (docs/maths.md, section 4).
 
     advantage_std: divide by the reward's standard deviation within the group, or over the whole batch.
     advantage_clip: |advantage| is cut here.
@@ -55,6 +55,7 @@ def build_plan(trajectories: pa.Table, rewards: pa.Table, excluded: set[str], ru
             on="trajectory_id",
         )
         .filter(pl.col("reward").is_finite() & ~pl.col("trajectory_id").is_in(list(excluded)))
+        .sort("trajectory_id")  # a join keeps no order, and sums depend on it in their last bit
     )
     if members.is_empty():
         raise StoreError("no trajectory of this iteration has a usable reward: see the view reward_errors")
@@ -68,7 +69,7 @@ def build_plan(trajectories: pa.Table, rewards: pa.Table, excluded: set[str], ru
 
 
 def advantages(rule: PlanRule) -> pl.Expr:
-    """A = (R - mean of the group) / (std + delta), population std of the group or of the batch (ALGORITHM: section 4)."""
+    """A = (R - mean of the group) / (std + delta), population std of the group or of the batch (docs/maths.md, section 4)."""
     reward = pl.col("reward")
     centred = reward - reward.mean().over("group_id")
     spread = reward.std(ddof=0).over("group_id") if rule.advantage_std == "group" else reward.std(ddof=0)
@@ -76,7 +77,7 @@ def advantages(rule: PlanRule) -> pl.Expr:
 
 
 def importance_weights(members: pl.DataFrame, rule: PlanRule) -> pl.Series:
-    """w = exp(sum over the prefix of (l_old - l_behaviour)), clipped; 1 for fresh members (ALGORITHM: section 4).
+    """w = exp(sum over the prefix of (l_old - l_behaviour)), clipped; 1 for fresh members (docs/maths.md, section 4).
 
     Log-probs are float64 sums over the D elements of a latent; `mean` divides them by D.
     """

@@ -15,7 +15,7 @@ import json
 import secrets
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -80,8 +80,9 @@ def write_shard(directory: Directory, folder: str, shard: str, records: Iterable
     media_file = f"{folder}/{shard}.{attempt}.media.tar"
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        latents_tar = _Tar(stack.enter_context(directory.write_atomic(latents_file)))
-        media_tar = _Tar(stack.enter_context(directory.write_atomic(media_file)))
+        # Each tar is closed before its file is: on an error too, else it would write to a closed file when collected.
+        latents_tar = stack.enter_context(closing(_Tar(stack.enter_context(directory.write_atomic(latents_file)))))
+        media_tar = stack.enter_context(closing(_Tar(stack.enter_context(directory.write_atomic(media_file)))))
         for record in records:
             key = _checked(record)
             rows.append(
@@ -90,8 +91,6 @@ def write_shard(directory: Directory, folder: str, shard: str, records: Iterable
                 | {"media_file": media_file, **_add_media(media_tar, key, record)}
             )
         index = table_of(rows, TRAJECTORIES)
-        media_tar.close()
-        latents_tar.close()
     return directory.publish(f"{folder}/{shard}.parquet", to_parquet(index))
 
 
@@ -120,7 +119,7 @@ def _add_latents(tar: _Tar, key: str, latents: NDArray[Any]) -> dict[str, Any]:
 
 def _add_media(tar: _Tar, key: str, record: Record) -> dict[str, Any]:
     offset = tar.add(key, record.media_format, record.media)
-    tar.add(key, "json", json.dumps({"trajectory_id": key, **record.note}, sort_keys=True).encode())
+    tar.add(key, "json", json.dumps({**record.note, "trajectory_id": key}, sort_keys=True).encode())
     return {
         "media_format": record.media_format,
         "media_offset": offset,

@@ -103,8 +103,11 @@ class Store:
 
     # -- prompts ----------------------------------------------------------------------------------------------------
 
-    def add_prompts(self, prompts: Sequence[Mapping[str, Any]], split: str) -> bool:
-        """Publish prompts (`text`, `metadata`) of a split as one file named by its content. False: they were there."""
+    def add_prompts(self, prompts: Sequence[Mapping[str, Any]], split: str) -> str:
+        """Publish prompts (`text`, `metadata`) of a split as one file named by its content, unless it is there.
+
+        Returns its path: a run keeps it, and with it its prompts in their order.
+        """
         rows = [
             {
                 "prompt_id": ids.prompt_id(prompt["text"], prompt["metadata"]),
@@ -114,8 +117,9 @@ class Store:
             }
             for prompt in prompts
         ]
-        name = f"{split}-{ids.derived_seed(*(row['prompt_id'] for row in rows)):016x}"
-        return self.publish_table(f"prompts/{checked_name(name, 'split')}.parquet", schema.table_of(rows, schema.PROMPTS))
+        name = f"{checked_name(split, 'split')}-{ids.derived_seed(*(row['prompt_id'] for row in rows)):016x}"
+        self.publish_table(f"prompts/{name}.parquet", schema.table_of(rows, schema.PROMPTS))
+        return f"prompts/{name}.parquet"
 
     # -- documents --------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from opgrpo_data.store import iteration_folder
 from pipelines import sampler, weights
 from pipelines.experiment import Experiment, Outcome
 from pipelines.policies.base import Policy
-from pipelines.prompts import Prompt
+from pipelines.prompts import Prompt, thinned
 from pipelines.rewards.base import Media, Reward
 from pipelines.score import Judgement, judge
 
@@ -95,10 +95,11 @@ def _evaluate(experiment: Experiment, reward: Reward) -> Iterator[dict[str, Any]
 
 
 def evaluation_samples(prompts: Sequence[Prompt], count: int, seed: int) -> list[Sample]:
-    """`count` samples dealt round-robin over the prompts; their noise depends on seed, prompt and index alone."""
+    """`count` samples dealt evenly over the prompts; their noise depends on seed, prompt and index alone."""
     if not prompts:
         raise StoreError('no held-out prompts: give the prompt file lines with "split": "held_out"')
-    dealt = ((prompts[i % len(prompts)], i // len(prompts)) for i in range(count))
+    chosen = thinned(prompts, count)
+    dealt = ((chosen[i % len(chosen)], i // len(chosen)) for i in range(count))
     return [Sample(prompt, index, ids.derived_seed(seed, "eval", prompt.prompt_id, index)) for prompt, index in dealt]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ import pyarrow.compute as pc
 
 from opgrpo_data.errors import StoreError
 from opgrpo_data.ids import canonical_json
+from opgrpo_data.io import Directory
 from opgrpo_data.store import Store
 from pipelines.config import RewardConfig, RunConfig
 from pipelines.progress import Progress
-from pipelines.prompts import Prompt, load_prompts
+from pipelines.prompts import Prompt, load_prompts, thinned
 from pipelines.rewards.base import REWARDS, Reward
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `select` and `score` do without
@@ -50,35 +52,40 @@ class Experiment:
     @classmethod
     def init(cls, url: str, config: RunConfig, progress: Progress) -> Experiment:
         """Create the store where there is none; register prompts, the run and its base policy. Does nothing twice."""
+        if Directory(url).exists(_run_path(config.run_id)):
+            return cls.open(url, config, progress)
         prompts = load_prompts(config.prompts.source)
-        store = Store.create(url)
-        for split, members in prompts.items():
-            store.add_prompts([{"text": p.text, "metadata": p.metadata} for p in members], split)
-        experiment = cls(store, config, progress)
+        experiment = cls(Store.create(url), config, progress)
+        paths = {
+            split: experiment.store.add_prompts([{"text": p.text, "metadata": p.metadata} for p in members], split)
+            for split, members in prompts.items()
+        }
         base_id = experiment.learner(0).policy_id
         experiment.register_policy(base_id, None, iteration=0, kind="base", weights=None)
-        store.add_run(
-            experiment.run_id,
-            {
-                "config": config.model_dump(mode="json"),
-                "base_policy_id": base_id,
-                "command": sys.argv,
-                "software": software(),
-            },
-        )
+        document = {"config": config.model_dump(mode="json"), "base_policy_id": base_id, "prompts": paths}
+        experiment.store.add_run(experiment.run_id, document | {"command": sys.argv, "software": software()})
         return experiment
 
     @classmethod
     def open(cls, url: str, config: RunConfig, progress: Progress) -> Experiment:
         """Bind to a run that `init` registered. Raises StoreError when the store or the run is missing."""
         experiment = cls(Store.open(url), config, progress)
-        if not experiment.store.directory.exists(f"runs/{experiment.run_id}.json"):
+        if not experiment._registered:
             known = [path[len("runs/") : -len(".json")] for path in experiment.store.directory.list("runs/*.json")]
             raise StoreError(
                 f"the store {url} has no run {experiment.run_id}; it has {known}. Register it with `opgrpo init`, "
                 f"or use the config and overrides of the run you mean"
             )
         return experiment
+
+    @property
+    def _registered(self) -> bool:
+        return self.store.directory.exists(_run_path(self.run_id))
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """What `init` wrote down about the run."""
+        return next(self.store.documents(_run_path(self.run_id)))
 
     @cached_property
     def policy(self) -> Policy:
@@ -93,12 +100,11 @@ class Experiment:
         from pipelines.learner import Learner
 
         learner = Learner(self.policy, self.config.train)
-        for run in self.store.documents(f"runs/{self.run_id}.json"):
-            if run["base_policy_id"] != learner.policy_id:
-                raise StoreError(
-                    f"the model {self.config.policy.model!r} is not the one that run {self.run_id} began with "
-                    f"(policy {run['base_policy_id']}, now {learner.policy_id}): restore that model, or init a run under another name"
-                )
+        if self._registered and self.document["base_policy_id"] != learner.policy_id:
+            raise StoreError(
+                f"the model {self.config.policy.model!r} is not the one that run {self.run_id} began with (policy "
+                f"{self.document['base_policy_id']}, now {learner.policy_id}): restore it, or init a run of another name"
+            )
         return learner
 
     def learner(self, iteration: int) -> Learner:
@@ -121,11 +127,13 @@ class Experiment:
 
     @cached_property
     def prompts(self) -> dict[str, list[Prompt]]:
-        """Prompts of this run by split, in the order of their source; the training split thinned to `prompts.limit`."""
-        loaded = load_prompts(self.config.prompts.source)
-        limit = min(self.config.prompts.limit or len(loaded["train"]), len(loaded["train"]))
-        # Evenly spaced: sources often list prompts kind by kind.
-        return loaded | {"train": [loaded["train"][i * len(loaded["train"]) // limit] for i in range(limit)]}
+        """The run's prompts by split, as `init` stored them; the training split thinned to `prompts.limit`."""
+        loaded = {split: self._stored_prompts(path) for split, path in self.document["prompts"].items()}
+        return loaded | {"train": thinned(loaded["train"], self.config.prompts.limit or len(loaded["train"]))}
+
+    def _stored_prompts(self, path: str) -> list[Prompt]:
+        rows = self.store.read_tables("prompts", [path]).to_pylist()
+        return [Prompt(row["text"], json.loads(row["metadata"])) for row in rows]
 
     @cached_property
     def prompt_of(self) -> dict[str, Prompt]:
@@ -153,6 +161,10 @@ class Experiment:
         """Trajectories that have a value, not only an error, in these reward files."""
         table = self.store.read_tables("rewards", paths)
         return set(table.filter(pc.is_null(table["error"]))["trajectory_id"].to_pylist())
+
+
+def _run_path(run_id: str) -> str:
+    return f"runs/{run_id}.json"
 
 
 def software() -> dict[str, str]:

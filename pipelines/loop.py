@@ -12,7 +12,7 @@ from pipelines import media
 from pipelines.config import RunConfig
 from pipelines.evaluation import draw_samples, evaluate, evaluation_samples, judge_samples
 from pipelines.experiment import Experiment, Outcome
-from pipelines.prompts import Prompt
+from pipelines.prompts import Prompt, thinned
 from pipelines.rewards.base import Media
 from pipelines.rollout import rollout
 from pipelines.score import reward_files, score
@@ -103,8 +103,7 @@ def _picture(experiment: Experiment) -> str:
     """Write the same held-out noise, denoised by the first and by the last policy, side by side; returns its path."""
     path = f"runs/{experiment.run_id}/before_after_{experiment.config.iterations:06d}.png"
     if not experiment.store.directory.exists(path):
-        prompts = experiment.prompts["held_out"]
-        shown = [prompts[i * len(prompts) // GRID_PROMPTS] for i in range(min(GRID_PROMPTS, len(prompts)))]
+        shown = thinned(experiment.prompts["held_out"], GRID_PROMPTS)
         columns = [
             ("before", _judged(experiment, 0, shown)),
             (

@@ -1,4 +1,4 @@
-"""The OP-GRPO objective as pure functions of tensors (ALGORITHM: section 4; arXiv 2604.04142, arXiv 2505.05470).
+"""The OP-GRPO objective as pure functions of tensors (docs/maths.md, section 4; arXiv 2604.04142, arXiv 2505.05470).
 
 N is the number of (trajectory, denoising step) pairs in a forward pass.
 """

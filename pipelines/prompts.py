@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,6 +48,12 @@ def load_prompts(source: str) -> dict[str, list[Prompt]]:
     if not found["train"]:
         raise ValueError(f'{source} holds no training prompt: give one JSON object a line, like {{"text": "a red square"}}')
     return {split: list(prompts.values()) for split, prompts in found.items()}
+
+
+def thinned(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """At most `count` prompts, evenly spaced: sources often list prompts kind by kind."""
+    kept = min(count, len(prompts))
+    return [prompts[i * len(prompts) // kept] for i in range(kept)]
 
 
 def _parse(line: str, where: str) -> tuple[str, Prompt]:

@@ -51,7 +51,7 @@ class Transitions:
 
 
 def transitions(sampler: Sampler, sigmas: Sequence[float] | NDArray[np.float64], noise_level: float) -> Transitions:
-    """The transitions of `sampler` on a decreasing grid that ends at 0 (ALGORITHM: section 1).
+    """The transitions of `sampler` on a decreasing grid that ends at 0 (docs/maths.md, section 1).
 
     flow_sde (arXiv 2505.05470): g = a sqrt(sigma / (1 - sigma)), sigma_1 in the denominator at sigma = 1.
     dance_sde (arXiv 2505.07818): g = a, constant.
@@ -125,7 +125,7 @@ def log_density(grid: Transitions, steps: Tensor, latents: Tensor, next_latents:
 def path_variance(
     grid: Transitions, steps: Tensor, latents: Tensor, next_latents: Tensor, velocity: Tensor, drawn: Tensor
 ) -> Tensor:
-    """lambda_k = |m_old - m_b|^2 / s_k^2 of N transitions, (N,) float64 (ALGORITHM: section 5).
+    """lambda_k = |m_old - m_b|^2 / s_k^2 of N transitions, (N,) float64 (docs/maths.md, section 5).
 
     `drawn` (N, *latent_shape) is the noise that drew x_{k+1}: m_b = x_{k+1} - s_k eps_k needs no model. Rounding of stored
     latents adds about D (3e-4 |x| / s)^2 in float16 and nothing that matters in float32.

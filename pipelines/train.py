@@ -145,7 +145,7 @@ class Terms:
 
 
 def _terms(learner: Learner, pairs: Pairs, config: TrainConfig) -> Terms:
-    """The objective (ALGORITHM: section 4) of every pair, already divided by |S_i|: summed over pairs, then divided by
+    """The objective (docs/maths.md, section 4) of every pair, already divided by |S_i|: summed over pairs, then divided by
     the number of trajectories, it is the loss L."""
     policy, steps = learner.policy, pairs.steps
     sigmas = torch.as_tensor(pairs.grid.sigmas, device=steps.device)[steps]

@@ -36,7 +36,7 @@ class SD3Policy:
     max_sequence_length: int
     device: torch.device
     family: str = "sd3"
-    _encoded: dict[str, Condition] = field(default_factory=dict)
+    _encoded: dict[str, Condition] = field(default_factory=dict, repr=False)
 
     @property
     def trainable(self) -> nn.Module:

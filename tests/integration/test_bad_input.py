@@ -12,7 +12,7 @@ import pytest
 
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.store import Store
-from tests.integration.conftest import opgrpo, opgrpo_json
+from tests.integration.harness import opgrpo, opgrpo_json
 
 Finished = tuple[Path, dict[str, Any]]
 

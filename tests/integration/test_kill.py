@@ -12,7 +12,7 @@ from typing import Any
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.shards import LatentLocation, read_latents, read_media
 from opgrpo_data.store import Store
-from tests.integration.conftest import environment, opgrpo_json
+from tests.integration.harness import environment, opgrpo_json
 
 # The file whose appearance means that a stage has just begun or is half-way; each is waited for in turn, then SIGKILL.
 MARKS = {
@@ -58,7 +58,7 @@ def test_killed_in_every_stage(finished: tuple[Path, dict[str, Any]], config: Pa
     killed = [name for name, mark in MARKS.items() if run_until(mark, command, store)]
     assert len(killed) >= len(MARKS) - 2, f"too few kills hit: {killed}"
     counts = check_committed(store)
-    result = opgrpo_json("run", config, "--store", store)
+    result = opgrpo_json("run", config, "--store", store, process=True)
     assert result["policy_id"] == finished[1]["policy_id"]
     assert check_committed(store) == 16 >= counts
     contents = [sorted(_names(path)) for path in (store, finished[0])]

@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 
 from opgrpo_data.store import Store
-from tests.integration.conftest import opgrpo, opgrpo_json
+from tests.integration.harness import opgrpo, opgrpo_json
 
 Finished = tuple[Path, dict[str, Any]]
 LEARNING_CURVE = (
@@ -44,7 +44,7 @@ def test_learning_curve_by_sql(finished: Finished) -> None:
 
 def test_plain_duckdb_reads_the_indexes(finished: Finished) -> None:
     query = f"SELECT count(*), count(DISTINCT trajectory_id) FROM '{finished[0]}/trajectories/**/*.parquet'"
-    assert duckdb.sql(query).fetchall() == [(16, 16)]
+    assert duckdb.connect().execute(query).fetchall() == [(16, 16)]
 
 
 def test_plain_webdataset_reads_the_tars(finished: Finished) -> None:
@@ -112,10 +112,10 @@ def test_a_finished_run_does_nothing_again(finished: Finished, config: Path) -> 
 def test_staged_commands_give_the_same_policy(finished: Finished, config: Path, tmp_path: Path) -> None:
     """The separate commands, one process each, end where the in-process loop ended."""
     store = tmp_path / "store"
-    opgrpo("init", config, "--store", store)
+    opgrpo("init", config, "--store", store, process=True)
     for _ in range(2):
         for stage in ("rollout", "score", "select", "train"):
-            assert opgrpo_json(stage, config, "--store", store)["done"] > 0
+            assert opgrpo_json(stage, config, "--store", store, process=True)["done"] > 0
     assert opgrpo_json("eval", config, "--store", store)["detail"]["policy_id"] == finished[1]["policy_id"]
 
 

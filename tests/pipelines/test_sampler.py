@@ -323,22 +323,35 @@ ON_POLICY = 1e-6
 """Largest |log ratio| of a transition under its own policy, in mean units, when it is evaluated in another batch."""
 
 
+def _on_policy_bounds(grid: sampler.Transitions) -> Array:
+    """ON_POLICY per step, more where the sampler magnifies the velocity: there a density cannot be known better.
+
+    A velocity is uncertain by about 5e-7 (matrix products of other sizes add in another order), hence a mean by
+    |velocity_coef| 5e-7. In standard deviations that is at most 1.8 ON_POLICY for flow_sde, 11 for dance_sde and 125 for
+    flow_cps, all in the last step that has noise; and below ON_POLICY in the steps that are trained.
+    """
+    density = grid.std > 0
+    magnified = np.abs(grid.velocity_coef) / np.where(density, grid.std, np.inf)
+    assert (magnified[:5] < 1).all()
+    return np.asarray(ON_POLICY * np.maximum(1, magnified))
+
+
 def _reevaluated(policy: SD3Policy, grid: sampler.Transitions, texts: list[str], latents: Tensor, chunk: int) -> Tensor:
-    """Log-density of all B T transitions, shuffled and cut into batches of `chunk`: (B, T) float64."""
-    count, steps = latents.shape[0], grid.num_steps
+    """Log-density of all transitions that have one, shuffled and cut into batches of `chunk`: (B, T) float64."""
+    count, steps = latents.shape[0], int((grid.std > 0).sum())
     order = torch.randperm(count * steps, generator=torch.Generator().manual_seed(0))
-    result = torch.zeros(count * steps, dtype=torch.float64)
+    result = torch.zeros(count, grid.num_steps, dtype=torch.float64)
     for chosen in order.split(chunk):
         row, k = chosen // steps, chosen % steps
-        sigmas = torch.tensor(grid.sigmas)[k]
-        condition = policy.encode([texts[i] for i in row.tolist()])
         with torch.no_grad():
-            velocity = policy.velocity(latents[row, k], sigmas, condition)
-        result[chosen] = sampler.log_density(grid, k, latents[row, k], latents[row, k + 1], velocity)
-    return result.view(count, steps)
+            velocity = policy.velocity(
+                latents[row, k], torch.tensor(grid.sigmas)[k], policy.encode([texts[i] for i in row.tolist()])
+            )
+        result[row, k] = sampler.log_density(grid, k, latents[row, k], latents[row, k + 1], velocity)
+    return result
 
 
-@pytest.mark.parametrize("name", ["flow_sde", "dance_sde"])
+@pytest.mark.parametrize("name", SDE_SAMPLERS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_stored_trajectories_are_on_policy(dtype: str, name: str, policy: SD3Policy, directory: Directory) -> None:
     config = small(rollout={"num_steps": 10, "storage_dtype": dtype, "sampler": name})
@@ -351,7 +364,8 @@ def test_stored_trajectories_are_on_policy(dtype: str, name: str, policy: SD3Pol
     written = torch.tensor([row["behaviour_logprob"] for row in rows], dtype=torch.float64)
     for chunk in (1, 7, 80):
         again = _reevaluated(policy, grid, texts, latents, chunk)
-        assert float((again - written).abs().max()) / elements(policy) <= ON_POLICY
+        log_ratio = ((again - written) / elements(policy)).abs().amax(0).numpy()
+        assert (log_ratio <= _on_policy_bounds(grid)).all(), log_ratio
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -359,15 +373,14 @@ def test_the_same_check_catches_rounding_outside_of_the_loop(dtype: str, policy:
     config = small(rollout={"num_steps": 10})
     grid, members = grid_of(policy, config), members_of(config)
     drawn = draw_fresh(policy, members, grid, "float32")
-    late = dataclasses.replace(drawn, latents=to_tensor(to_stored(drawn.latents, dtype), dtype))
-    again = _reevaluated(policy, grid, [member.prompt.text for member in members], late.latents, 80)
-    error = (again - late.behaviour_logprob).abs() / elements(policy)
-    assert float(error.max()) > 1000 * ON_POLICY
-    assert bool((error > ON_POLICY).all(dim=0).any())
+    rounded_late = to_tensor(to_stored(drawn.latents, dtype), dtype)
+    again = _reevaluated(policy, grid, [member.prompt.text for member in members], rounded_late, 80)
+    log_ratio = ((again - drawn.behaviour_logprob) / elements(policy)).abs().amax(0).numpy()
+    assert (log_ratio > 10 * _on_policy_bounds(grid)).all(), log_ratio
 
 
 def test_a_trajectory_drawn_alone_is_the_one_drawn_in_a_batch(policy: SD3Policy) -> None:
-    """To float32 rounding: matrix products of other sizes add in another order. Ten steps let it grow to about 1e-6."""
+    """To float32 rounding: matrix products of other sizes add in another order. Ten steps let it grow to some 6e-6."""
     config = small(rollout={"num_steps": 10})
     grid, members = grid_of(policy, config), members_of(config)
     together = draw_fresh(policy, members, grid, "float32").latents
@@ -381,10 +394,10 @@ def test_a_trajectory_drawn_alone_is_the_one_drawn_in_a_batch(policy: SD3Policy)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
-def test_ode_sampling_is_the_pipelines_call(guidance_scale: float, policy: SD3Policy) -> None:
-    texts = ["a red circle", "two blue squares", "a red circle left of a blue square"]
+@pytest.mark.parametrize("text", ["two blue squares", "a red circle left of a blue square"])
+def test_ode_sampling_is_the_pipelines_call(text: str, guidance_scale: float, policy: SD3Policy) -> None:
     ours = dataclasses.replace(policy, guidance_scale=guidance_scale, _encoded={})
-    start = sampler.batch_noise([1, 2, 3], -1, policy.latent_shape, policy.device)
+    start = sampler.batch_noise([1], -1, policy.latent_shape, policy.device)
     theirs: list[Tensor] = []
 
     def collect(pipeline: object, step: int, timestep: Tensor, kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -397,15 +410,14 @@ def test_ode_sampling_is_the_pipelines_call(guidance_scale: float, policy: SD3Po
         "guidance_scale": guidance_scale,
         "max_sequence_length": policy.max_sequence_length,
     }
-    policy.pipeline(prompt=texts, latents=start.clone(), output_type="latent", callback_on_step_end=collect, **call)
-    pictures = policy.pipeline(prompt=texts, latents=start.clone(), output_type="np", **call).images
+    policy.pipeline(text, latents=start.clone(), output_type="latent", callback_on_step_end=collect, **call)
+    picture = policy.pipeline(text, latents=start.clone(), output_type="pil", **call).images[0]
     grid = sampler.transitions("ode", ours.sigmas(10), 0.0)
-    condition = ours.encode(texts)
-    path = sampler.draw(lambda x, sigma: ours.velocity(x, sigma, condition), start, grid, [1, 2, 3], "float32")
+    condition = ours.encode([text])
+    path = sampler.draw(lambda x, sigma: ours.velocity(x, sigma, condition), start, grid, [1], "float32")
     assert len(theirs) == 10
     for k, latents in enumerate(theirs):
         assert float((path.latents[:, k + 1] - latents).abs().max()) <= 1e-5
-    for picture, golden in zip(ours.decode(path.latents[:, -1]), pictures, strict=True):
-        # A value on the edge between two integers may round either way.
-        assert np.abs(picture.astype(np.float64) - golden * 255).max() <= 0.5 + 1e-2
-    assert ours.decode(theirs[-1])[0].dtype == np.uint8
+    assert np.array_equal(ours.decode(theirs[-1])[0], np.asarray(picture))
+    # Our last latents differ in the last digits: a value on the edge between two integers may round the other way.
+    assert np.abs(ours.decode(path.latents[:, -1])[0].astype(int) - np.asarray(picture).astype(int)).max() <= 1

@@ -1,0 +1,41 @@
+"""Fixtures that several folders share: a small config, and one finished run of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch is imported: tests compare results bit for bit and share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from tests.integration.harness import opgrpo_json
+
+SMALL = """
+name: small
+iterations: 2
+prompts: {limit: 2}
+rollout: {prompts_per_iteration: 2, group_size: 4, num_steps: 5, groups_per_shard: 1}
+replay: {prefix_steps: 2}
+reward: {name: scene_soft}
+train: {window: 3}
+eval: {samples: 16, num_steps: 4}
+"""
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration that runs in seconds."""
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A store with one uninterrupted run of the small config, and the result that `opgrpo run` printed. Do not change it."""
+    store = tmp_path_factory.mktemp("finished") / "store"
+    result: dict[str, Any] = opgrpo_json("run", config, "--store", store, process=True)
+    return store, result

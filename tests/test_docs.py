@@ -1,0 +1,99 @@
+"""The documentation is true: links lead somewhere, named functions exist, every command shown runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from opgrpo_data import schema
+from tests.integration.harness import environment, opgrpo
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(?:#[^)]*)?\)")
+# A shown run is executed with these settings in place of its hours: the command is the same.
+SHORTER = ["--set", "iterations=2", "--set", "eval.samples=16", "--set", "rollout.prompts_per_iteration=2"]
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """(text, target) of the links of a page that lead into the repository."""
+    return [(text, target) for text, target in LINK.findall(page.read_text()) if "://" not in target]
+
+
+def commands() -> list[str]:
+    """Every command in a console block of README and docs, in order."""
+    blocks = [block for page in PAGES for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL)]
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+def definitions(path: Path) -> set[str]:
+    """Names that a module defines at its top level."""
+    body = ast.parse(path.read_text()).body
+    return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = [target for _, target in links(page) if not (page.parent / target).exists()]
+    assert broken == []
+
+
+def test_one_trajectory_is_a_dozen_files_and_names_what_is_there() -> None:
+    page = ROOT / "docs" / "one_trajectory.md"
+    walked = [(text.strip("`"), page.parent / target) for text, target in links(page) if target.endswith(".py")]
+    assert 8 <= len({path for _, path in walked}) <= 12
+    for name, path in walked:
+        module, _, attribute = name.partition(".")
+        assert module == path.stem
+        assert attribute in definitions(path), f"{name} is not defined in {path.name}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name, value in vars(schema).items() if isinstance(value, pa.Schema)))
+def test_format_page_names_every_column(name: str) -> None:
+    page = (ROOT / "docs" / "format.md").read_text()
+    missing = [column for column in getattr(schema, name).names if f"`{column}`" not in page]
+    assert missing == []
+
+
+def test_every_command_shown_runs(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the pages, in a folder with the examples and a store under the name that the pages use."""
+    shutil.copytree(finished[0], tmp_path / "demo-store")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shown = commands()
+    assert any(command.startswith("opgrpo sql") for command in shown)
+    monkeypatch.chdir(tmp_path)
+    for command in shown:
+        words = shlex.split(command)
+        if words[0] != "opgrpo":
+            done = subprocess.run(runnable(words), env=environment(), capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
+        else:
+            shorter = SHORTER if words[1] in ("run", "quickstart") and "--dry-run" not in words else []
+            opgrpo(*words[1:], *shorter)
+
+
+def runnable(words: list[str]) -> list[str]:
+    """A make target in an environment that is installed already, or a module of ours, by this interpreter.
+
+    `make test` is only read: we are running inside it.
+    """
+    if words[0] == "python":
+        return [sys.executable, *words[1:]]
+    assert words[0] == "make", f"the pages show a command that the tests do not know how to run: {words}"
+    if words[1] == "test":
+        return [*words, "--dry-run"]
+    options = " ".join(SHORTER)
+    return [*words, f"BIN={Path(sys.executable).parent}", "--assume-old=.venv/installed", f"OPTIONS={options}"]

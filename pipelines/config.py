@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from opgrpo_data import ids
 from opgrpo_data.buffer import BufferRule
@@ -30,6 +30,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, and Python counts true as 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and annotation is not bool:
+            raise ValueError(f"expected {annotation}, got the truth value {value}")
+        return value
+
 
 class PolicyConfig(Section):
     """Which model is trained."""
@@ -37,6 +46,13 @@ class PolicyConfig(Section):
     family: str = Field("sd3", description="registered policy family, or module:attribute of your own")
     model: str = Field("embedded", description="'embedded' (shipped in the package), a hub id, or a local folder")
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the family's factory")
+
+    @field_validator("options")
+    @classmethod
+    def _model_stands_beside(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if "model" in options:
+            raise ValueError("give the model as policy.model, not among the options")
+        return options
 
 
 class PromptsConfig(Section):

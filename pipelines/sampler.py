@@ -89,8 +89,9 @@ def noise(seed: int, step: int, shape: Sequence[int]) -> Tensor:
 
     Step -1 is the initial noise x_0.
     """
-    generator = torch.Generator("cpu").manual_seed(derived_seed(seed, step))
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+    # Philox takes all bits of the seed; torch's CPU generator drops the upper 32, and a million draws would collide.
+    generator = np.random.Generator(np.random.Philox(key=derived_seed(seed, step)))
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
 
 
 def batch_noise(seeds: Sequence[int], step: int, shape: Sequence[int], device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opgrpo_data.errors import StoreError
+from opgrpo_data.ids import canonical_json
 from opgrpo_data.schema import UPDATES, table_of
 from opgrpo_data.store import iteration_folder
 from opgrpo_data.stream import Batch, stream
@@ -121,6 +122,9 @@ def _pairs(rows: Rows, stored: list[Any], experiment: Experiment) -> Pairs | Non
             f"trajectory {first['trajectory_id']} has latents of shape {tuple(first['latent_shape'])}, the policy "
             f"{policy.base_model!r} works on {policy.latent_shape}: this store belongs to another model"
         )
+    kinds = {canonical_json([row[name] for name in ("sampler", "sigmas", "noise_level", "latent_shape")]) for row in rows}
+    if len(kinds) > 1:
+        raise StoreError(f"one microstep of the plan mixes trajectories of {len(kinds)} samplers, sigma grids or shapes")
     latents = [to_tensor(array, row["latent_dtype"]) for array, row in zip(stored, rows, strict=True)]
     where = [(i, k) for i, row in enumerate(rows) for k in row["train_steps"]]
     return Pairs(

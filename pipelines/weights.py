@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 
 import safetensors
@@ -22,17 +23,22 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def policy_id(weights: Weights) -> str:
     """The hash of names, dtypes, shapes and bytes, in the order of the names."""
+    return ids.weights_id(_digest(weights))
+
+
+def _digest(weights: Weights) -> bytes:
     digest = hashlib.blake2b()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return ids.weights_id(digest.digest())
+    return digest.digest()
 
 
 def to_bytes(weights: Weights) -> bytes:
-    """Serialise as safetensors."""
-    return bytes(safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
+    """Serialise as safetensors, with a digest of the content in its metadata: the format itself has no checksum."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return bytes(safetensors.torch.save(tensors, metadata={"digest": _digest(tensors).hex()}))
 
 
 def from_bytes(data: bytes, where: str) -> dict[str, Tensor]:
@@ -41,6 +47,11 @@ def from_bytes(data: bytes, where: str) -> dict[str, Tensor]:
         loaded: dict[str, Tensor] = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{where} is damaged: {error}") from error
+    # The header was valid, so it is: 8 bytes of length, then that much JSON.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    expected, found = header.get("__metadata__", {}).get("digest"), _digest(loaded).hex()
+    if expected != found:
+        raise ValueError(f"{where} is damaged: expected digest {expected}, found {found}")
     return loaded
 
 

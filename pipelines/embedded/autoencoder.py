@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from pipelines.embedded import scenes
 
@@ -59,7 +59,8 @@ def to_images(decoded: Tensor) -> NDArray[np.uint8]:
 def encode(vae: AutoencoderKL, images: NDArray[np.uint8], chunk: int = 512) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, C, h, w) float32 latents of about unit variance: the posterior's mean, scaled."""
     parts = [vae.encode(to_tensor(images[i : i + chunk], vae.device)).latent_dist.mean for i in range(0, len(images), chunk)]
-    return (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
+    latents: Tensor = (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents
 
 
 @torch.no_grad()
@@ -123,10 +124,10 @@ def train(steps: int, seed: int, device: torch.device, batch_size: int = 64) -> 
     for step in range(steps):
         pictures = random_scenes(batch_size, rng)
         images, target = to_tensor(pictures, device), code(pictures).to(device)
-        reconstruction = F.mse_loss(vae.decode(target + NOISE * torch.randn_like(target)).sample, images)
+        reconstruction = functional.mse_loss(vae.decode(target + NOISE * torch.randn_like(target)).sample, images)
         posterior = vae.encode(images).latent_dist
         width = (posterior.logvar - 2 * math.log(NOISE)).square().mean()
-        encoding = F.mse_loss(posterior.mean, target) + 0.01 * width
+        encoding = functional.mse_loss(posterior.mean, target) + 0.01 * width
         optimizer.zero_grad(set_to_none=True)
         (reconstruction + 0.1 * encoding).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

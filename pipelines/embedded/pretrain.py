@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--clean-steps", type=int, default=2500)
+    parser.add_argument("--clean-steps", type=int, default=2000)
     parser.add_argument("--noisy-steps", type=int, default=800)
     parser.add_argument("--pairs", type=int, default=60_000, help="prompt-picture pairs drawn per phase")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; results depend on it")

@@ -201,12 +201,12 @@ def related(first: tuple[float, float], second: tuple[float, float], relation: s
     return x * (first[0] - second[0]) + y * (first[1] - second[1])
 
 
-def sample_scene(spec: Spec, rng: np.random.Generator) -> Scene:
-    """A scene that satisfies the spec, uniform over the admissible placements."""
+def sample_scene(spec: Spec, rng: np.random.Generator, apart: int = 1) -> Scene:
+    """A scene that satisfies the spec, uniform over the placements with objects in relation at least `apart` cells apart."""
     while True:
         chosen = rng.choice(GRID * GRID, size=len(spec.objects), replace=False)
         cells = tuple((int(c) // GRID, int(c) % GRID) for c in chosen)
-        if spec.relation is None or related(cells[0][::-1], cells[1][::-1], spec.relation) >= 1:
+        if spec.relation is None or related(cells[0][::-1], cells[1][::-1], spec.relation) >= apart:
             return Scene(spec.objects, cells)
 
 
@@ -248,7 +248,7 @@ def _edited(scene: Scene, edit: str, rng: np.random.Generator) -> tuple[tuple[Ob
     if edit == "remove":
         del objects[at], cells[at]
     elif edit == "add":
-        free = [cell for cell in itertools.product(range(GRID), repeat=2) if cell not in cells]
+        free = [(row, column) for row in range(GRID) for column in range(GRID) if (row, column) not in cells]
         objects.append(objects[at] if rng.random() < 0.5 else others[rng.integers(len(others))])
         cells.append(free[rng.integers(len(free))])
     else:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 
 from pipelines.embedded.scenes import COLOURS, GROUND, RELATIONS, SHAPE_SIZE, SHAPES, Spec, related, shape_mask
 

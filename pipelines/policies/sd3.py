@@ -131,6 +131,8 @@ def load(
         max_sequence_length = 0  # it has no T5 encoder, and none of its padding
     try:
         parts = StableDiffusion3Pipeline.load_config(source)
+        if parts.get("_class_name") != StableDiffusion3Pipeline.__name__:
+            raise ValueError(f"it is a {parts.get('_class_name')}, which policy.family sd3 cannot load")
         # diffusers wants components that a pipeline was saved without (often the T5 encoder) named again as absent.
         absent = {name: None for name, part in parts.items() if isinstance(part, list) and part[0] is None}
         pipeline = StableDiffusion3Pipeline.from_pretrained(source, dtype=DTYPES[dtype], **absent)

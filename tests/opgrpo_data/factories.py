@@ -143,4 +143,5 @@ def plan_rule(**changes: Any) -> PlanRule:
 
 def buffer_rule(decay: float = 0.5, **changes: Any) -> BufferRule:
     """Multiplicative decay unless `decay_form` says otherwise."""
-    return BufferRule(**{"decay": decay, "decay_form": "multiplicative"} | changes)
+    defaults: dict[str, Any] = {"decay": decay, "decay_form": "multiplicative"}
+    return BufferRule(**defaults | changes)

@@ -83,7 +83,7 @@ def histories(draw: st.DrawFn) -> list[list[Scored]]:
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(history=histories(), rule=RULES)
 def test_step_by_step_selection_is_the_best_of_all_history(history: list[list[Scored]], rule: BufferRule) -> None:
     excluded = {scored.trajectory_id for members in history for scored in members if scored.quarantined}
@@ -100,7 +100,7 @@ def test_step_by_step_selection_is_the_best_of_all_history(history: list[list[Sc
             assert Fraction(row["decayed_reward"]) == decayed(best, iteration, rule)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     values=st.lists(st.lists(st.floats(-1e3, 1e3), max_size=4), min_size=1, max_size=5),
     rule=st.builds(buffer_rule, st.floats(0.5, 1.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ REWARDS = st.floats(-100, 100)
 
 
 def plan_of(
-    groups: dict[str, list[float | None]], excluded: set[str] | None = None, **rule: Any
+    groups: Mapping[str, Sequence[float | None]], excluded: set[str] | None = None, **rule: Any
 ) -> dict[str, dict[str, Any]]:
     """Plan rows by trajectory_id, of fresh members `<group>-<i>` with these rewards."""
     values = {f"{group}-{i}": value for group, members in groups.items() for i, value in enumerate(members)}
@@ -147,9 +148,11 @@ def one_weight(rule: dict[str, Any] | None = None, **changes: Any) -> float:
 
 def test_golden_importance_weights() -> None:
     """log w = (-1.0 + 1.25) + (-2.0 + 1.5) = -0.25; the third step is tail and does not count."""
-    two_steps = {"prefix_steps": 2, "old_logprob": [-1.0, -2.0, 9.0], "behaviour_logprob": [-1.25, -1.5, 0.0]}
+    two_steps: dict[str, Any] = {"prefix_steps": 2, "old_logprob": [-1.0, -2.0, 9.0], "behaviour_logprob": [-1.25, -1.5, 0.0]}
     assert one_weight(**two_steps) == pytest.approx(math.exp(-0.25), rel=1e-15)
-    assert one_weight({"weight_reduction": "mean"}, **two_steps, num_elements=8) == pytest.approx(math.exp(-0.25 / 8), rel=1e-15)
+    assert one_weight({"weight_reduction": "mean"}, **two_steps, num_elements=8) == pytest.approx(
+        math.exp(-0.25 / 8), rel=1e-15
+    )
     assert one_weight({"weight_min": 0.9}, **two_steps) == 0.9
     assert one_weight({"weight_max": 0.5}, **two_steps) == 0.5
 
@@ -160,13 +163,13 @@ def test_a_prefix_drawn_by_the_old_policy_itself_weighs_one() -> None:
 
 
 def test_fresh_members_weigh_one_whatever_the_bounds_and_densities() -> None:
-    far = {"old_logprob": [50.0, 0.0, 0.0], "behaviour_logprob": [0.0, 0.0, 0.0]}
+    far: dict[str, Any] = {"old_logprob": [50.0, 0.0, 0.0], "behaviour_logprob": [0.0, 0.0, 0.0]}
     for prefix in (0, None):
         assert one_weight({"weight_min": 2.0, "weight_max": 3.0}, prefix_steps=prefix, **far) == 1.0
 
 
 def test_a_weight_beyond_all_numbers_is_cut() -> None:
-    far = {"prefix_steps": 1, "old_logprob": [5000.0, 0.0, 0.0], "behaviour_logprob": [0.0, 0.0, 0.0]}
+    far: dict[str, Any] = {"prefix_steps": 1, "old_logprob": [5000.0, 0.0, 0.0], "behaviour_logprob": [0.0, 0.0, 0.0]}
     assert one_weight({"weight_max": 2.0}, **far) == 2.0
     assert one_weight({"weight_min": 0.25}, **far | {"old_logprob": [-5000.0, 0.0, 0.0]}) == 0.25
 

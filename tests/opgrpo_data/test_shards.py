@@ -265,10 +265,10 @@ def test_damage_is_found_on_an_object_store_too() -> None:
     data = bytearray(store.directory.read(row["latents_file"]))
     data[row["latents_offset"] + row["latents_header"]] ^= 1
     store.directory.filesystem.pipe_file(store.directory.path(row["latents_file"]), bytes(data))
-    with pytest.raises(CorruptionError, match="t0.latents.npy latent 0: expected crc32"):
+    with pytest.raises(CorruptionError, match=r"t0\.latents\.npy latent 0: expected crc32"):
         whole(store.directory, row)
     store.directory.filesystem.pipe_file(store.directory.path(row["latents_file"]), bytes(data[:600]))
-    with pytest.raises(CorruptionError, match="t0.latents.npy latent 0: .*the file ends before it"):
+    with pytest.raises(CorruptionError, match=r"t0\.latents\.npy latent 0: .*the file ends before it"):
         whole(store.directory, row)
 
 
@@ -319,11 +319,11 @@ def left_behind(place: Path) -> list[str]:
 @pytest.mark.parametrize("name", WICKED, ids=repr)
 def test_names_that_reach_for_other_paths_are_refused(name: str, tmp_path: Path) -> None:
     store = Store.create(str(tmp_path / "store"))
-    with pytest.raises(ValueError, match="trajectory_id .* cannot be part of a path"):
+    with pytest.raises(ValueError, match=r"trajectory_id .* cannot be part of a path"):
         write_shard(store.directory, folder(), "00000", [*records(1), record(name, random_latents(0, 1, (2,)))])
-    with pytest.raises(ValueError, match="shard .* cannot be part of a path"):
+    with pytest.raises(ValueError, match=r"shard .* cannot be part of a path"):
         write_shard(store.directory, folder(), name, records(1))
-    with pytest.raises(ValueError, match="media_format .* cannot be part of a path"):
+    with pytest.raises(ValueError, match=r"media_format .* cannot be part of a path"):
         write_shard(store.directory, folder(), "00000", records(1, media_format=name))
     assert left_behind(tmp_path) == []
 
@@ -361,7 +361,7 @@ def test_a_record_that_contradicts_its_row_is_not_committed(lie: dict[str, Any],
 
 def test_foreign_byte_order_is_refused(tmp_path: Path) -> None:
     store = Store.create(str(tmp_path))
-    with pytest.raises(ValueError, match="its row says latents of float32 .* it has >f4"):
+    with pytest.raises(ValueError, match=r"its row says latents of float32 .* it has >f4"):
         write_shard(store.directory, folder(), "00000", [record("t0", random_latents(0, 1, (2,)).astype(">f4"))])
     assert left_behind(tmp_path) == []
 
@@ -443,7 +443,7 @@ def test_an_index_is_published_only_after_the_data_is_on_disk(tmp_path: Path, mo
         return "folder" if name.startswith("iter=") else ".".join(name.split(".")[2:]) or name
 
     def fsync(descriptor: int) -> None:
-        events.append(("fsync", named(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        events.append(("fsync", named(Path(f"/proc/self/fd/{descriptor}").readlink())))
         real_fsync(descriptor)
 
     def replace(source: Any, target: Any) -> None:
@@ -462,9 +462,7 @@ def test_an_index_is_published_only_after_the_data_is_on_disk(tmp_path: Path, mo
     monkeypatch.setattr(os, "link", link)
     write_shard(store.directory, folder(), "00000", records(1))
     kinds = [(what, name if what != "fsync" or name == "folder" else "file") for what, name in events]
-    tar_commits = [
-        [("fsync", "file"), ("rename", f"{kind}.tar"), ("fsync", "folder")] for kind in ("media", "latents")
-    ]
+    tar_commits = [[("fsync", "file"), ("rename", f"{kind}.tar"), ("fsync", "folder")] for kind in ("media", "latents")]
     assert kinds == [*tar_commits[0], *tar_commits[1], ("fsync", "file"), ("link", "00000.parquet"), ("fsync", "folder")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import pytest
 
 from opgrpo_data import ids
 from opgrpo_data.errors import CorruptionError, StoreError
-from opgrpo_data.schema import PLANS, PROMPTS, REWARDS, SCHEMA_VERSION, table_of
+from opgrpo_data.schema import PLANS, PROMPTS, QUARANTINE, REWARDS, SCHEMA_VERSION, table_of
 from opgrpo_data.store import TABLES, Store, iteration_folder, now
 from tests.opgrpo_data.factories import rewards
 
-PROMPT = {"text": "a red square", "metadata": {"kind": "single", "count": 1}}
+PROMPT: dict[str, Any] = {"text": "a red square", "metadata": {"kind": "single", "count": 1}}
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -146,13 +147,26 @@ def test_iteration_folder() -> None:
 # -- damage --------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class TableFile:
+    """One file of rewards in a store in memory, to be damaged a thousand times."""
+
+    store: Store
+    path: str
+    content: bytes
+
+    def read(self, content: bytes) -> pa.Table:
+        """What the store reads when the file holds these bytes instead."""
+        self.store.directory.filesystem.pipe_file(self.store.directory.path(self.path), content)
+        return self.store.read_tables("rewards", [self.path])
+
+
 @pytest.fixture
-def table_file(tmp_path: Path) -> tuple[Store, str, Path, bytes]:
-    """A store with one file of rewards: store, path in it, path on disk, bytes."""
-    store = Store.create(str(tmp_path))
+def table_file(tmp_path: Path) -> TableFile:
+    store = Store.create(f"memory://{tmp_path}")
     path = reward_path("taste", "r", 0, "00000")
     store.publish_table(path, rewards({f"trajectory-{i}": i * 0.1234 for i in range(20)}))
-    return store, path, tmp_path / path, (tmp_path / path).read_bytes()
+    return TableFile(store, path, store.directory.read(path))
 
 
 def data_bytes(content: bytes) -> list[int]:
@@ -164,41 +178,36 @@ def data_bytes(content: bytes) -> list[int]:
     return [position for begin, end in zip(begins, ends, strict=True) for position in range(begin, end)]
 
 
-def test_no_flipped_bit_changes_a_stored_number(table_file: tuple[Store, str, Path, bytes]) -> None:
+def flipped(content: bytes, position: int) -> bytes:
+    """The bytes with one bit flipped."""
+    return content[:position] + bytes([content[position] ^ 1 << position % 8]) + content[position + 1 :]
+
+
+def test_no_flipped_bit_changes_a_stored_number(table_file: TableFile) -> None:
     """A log-prob or a reward is training data as a latent is: a damaged page is refused, and the file named."""
-    store, path, file, content = table_file
-    intact = store.read_tables("rewards", [path])
+    intact = table_file.read(table_file.content)
     refused = 0
-    for position in data_bytes(content):
-        damaged = bytearray(content)
-        damaged[position] ^= 1 << position % 8
-        file.write_bytes(damaged)
+    for position in data_bytes(table_file.content):
         try:
-            assert store.read_tables("rewards", [path]).equals(intact), position
+            assert table_file.read(flipped(table_file.content, position)).equals(intact), position
         except StoreError as error:
-            assert f"{path} is damaged" in str(error)  # noqa: PT017  most positions raise, those that do not matter need not
+            assert f"{table_file.path} is damaged" in str(error)  # noqa: PT017  what does not matter need not raise
             refused += 1
-    assert refused > 0.8 * len(data_bytes(content))
+    assert refused > 0.8 * len(data_bytes(table_file.content))
 
 
-def test_damage_of_the_footer_is_no_traceback(table_file: tuple[Store, str, Path, bytes]) -> None:
-    store, path, file, content = table_file
-    for position in sorted(set(range(len(content))) - set(data_bytes(content))):
-        damaged = bytearray(content)
-        damaged[position] ^= 1 << position % 8
-        file.write_bytes(damaged)
+def test_damage_of_the_footer_is_no_traceback(table_file: TableFile) -> None:
+    for position in sorted(set(range(len(table_file.content))) - set(data_bytes(table_file.content))):
         try:
-            assert store.read_tables("rewards", [path]).schema == REWARDS
+            assert table_file.read(flipped(table_file.content, position)).schema == REWARDS
         except StoreError as error:
-            assert f"{path} is damaged" in str(error)  # noqa: PT017  not every byte of a footer means something
+            assert f"{table_file.path} is damaged" in str(error)  # noqa: PT017  not every byte of a footer has a meaning
 
 
-def test_every_truncation_of_a_table_is_refused(table_file: tuple[Store, str, Path, bytes]) -> None:
-    store, path, file, content = table_file
-    for size in range(len(content)):
-        file.write_bytes(content[:size])
-        with pytest.raises(StoreError, match=rf"{path} is damaged .*: remove it, and the stage that wrote it"):
-            store.read_tables("rewards", [path])
+def test_every_truncation_of_a_table_is_refused(table_file: TableFile) -> None:
+    for size in range(len(table_file.content)):
+        with pytest.raises(StoreError, match=rf"{table_file.path} is damaged .*: remove it, and the stage that wrote it"):
+            table_file.read(table_file.content[:size])
 
 
 def test_a_table_of_something_else_is_refused(store: Store) -> None:
@@ -218,7 +227,7 @@ def test_a_damaged_document_is_named(store: Store) -> None:
 
 
 def test_prompts_are_added_once(store: Store) -> None:
-    prompts = [PROMPT, {"text": "ein grüner Kreis", "metadata": {}}]
+    prompts: list[dict[str, Any]] = [PROMPT, {"text": "ein grüner Kreis", "metadata": {}}]
     train = store.add_prompts(prompts, "train")
     assert store.add_prompts(prompts, "train") == train
     test = store.add_prompts(prompts[:1], "test")
@@ -293,8 +302,11 @@ def test_quarantine(store: Store) -> None:
     rows: list[dict[str, Any]] = store.read_tables("quarantine", store.files("quarantine")).to_pylist()
     assert [row.pop("noticed_at").tzinfo for row in rows]
     assert rows == [
-        dict(trajectory_id="t1", file="a.tar", member="t1.latents.npy latent 2", expected_crc32=2**32 - 1, found_crc32=7),
-        dict(trajectory_id="t2", file="a.tar", member="t2.latents.npy latent 0", expected_crc32=1, found_crc32=None),
+        dict(zip(QUARANTINE.names, values, strict=False))
+        for values in (
+            ("t1", "a.tar", "t1.latents.npy latent 2", 2**32 - 1, 7),
+            ("t2", "a.tar", "t2.latents.npy latent 0", 1, None),
+        )
     ]
 
 

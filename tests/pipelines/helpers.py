@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from opgrpo_data.io import Directory
-from opgrpo_data.shards import write_shard
+from opgrpo_data.shards import read_media, write_shard
 from opgrpo_data.store import Store
-from pipelines import weights
+from pipelines import media, weights
 from pipelines.config import RunConfig, build_config
 from pipelines.experiment import Experiment
 from pipelines.groups import Member, shard_tasks
 from pipelines.policies.sd3 import SD3Policy, load
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt
+from pipelines.rewards.base import Media
 from pipelines.sampler import Transitions, transitions
 from pipelines.trajectories import Drawn, records
 
@@ -128,7 +129,8 @@ def stored(
         "num_elements": elements(policy),
     }
     assert write_shard(directory, "shards", shard, records(policy, members, drawn, config.rollout, common))
-    return Store(directory).read_tables("trajectories", [f"shards/{shard}.parquet"]).to_pylist()
+    rows: list[dict[str, Any]] = Store(directory).read_tables("trajectories", [f"shards/{shard}.parquet"]).to_pylist()
+    return rows
 
 
 def elements(policy: SD3Policy) -> int:
@@ -139,7 +141,14 @@ def elements(policy: SD3Policy) -> int:
 def rows_of(experiment: Experiment, kind: str, iteration: int | None = None) -> list[dict[str, Any]]:
     """All rows of one kind of table in an experiment's store."""
     files = experiment.store.files(kind, iteration=iteration)
-    return experiment.store.read_tables(kind, files).to_pylist()
+    rows: list[dict[str, Any]] = experiment.store.read_tables(kind, files).to_pylist()
+    return rows
+
+
+def pictures_of(experiment: Experiment) -> dict[str, Media]:
+    """trajectory_id to its picture, of all trajectories in an experiment's store."""
+    rows = rows_of(experiment, "trajectories")
+    return {row["trajectory_id"]: media.decode(read_media(experiment.store.directory, row)) for row in rows}
 
 
 def flipped(path: Path, offset: int) -> None:

@@ -77,7 +77,11 @@ def test_overrides_of_the_top_level_and_of_nested_sections(path: Path) -> None:
         (MINIMAL, ("train.lr=0",), "train.lr: Input should be greater than 0, got 0"),
         (MINIMAL, ("train.betas=[0.9, 1.5]",), "train.betas.1: Input should be less than 1, got 1.5"),
         (MINIMAL, ("train.betas=[0.9]",), "train.betas.1: Field required"),
-        (MINIMAL, ("rollout.sampler=ddpm",), "rollout.sampler: Input should be 'flow_sde', 'flow_cps' or 'dance_sde', got 'ddpm'"),
+        (
+            MINIMAL,
+            ("rollout.sampler=ddpm",),
+            "rollout.sampler: Input should be 'flow_sde', 'flow_cps' or 'dance_sde', got 'ddpm'",
+        ),
         (MINIMAL, ("rollout.sampler=ode",), "rollout.sampler: Input should be .*got 'ode'"),
         (MINIMAL, ("name=a/b",), "name: String should match pattern .*got 'a/b'"),
         (MINIMAL, ("name=..",), "name: String should match pattern"),
@@ -95,7 +99,11 @@ def test_overrides_of_the_top_level_and_of_nested_sections(path: Path) -> None:
         (MINIMAL, ("replay.weight_min=3",), "replay.weight_min 3.0 is above replay.weight_max 2.0"),
         (MINIMAL, ("replay.decay=1.5",), r"replay.decay 1.5 must lie in \(0, 1\] when decay_form is multiplicative"),
         (MINIMAL, ("replay.decay=0",), r"replay.decay 0.0 must lie in \(0, 1\]"),
-        (MINIMAL, ("rollout.sampler=flow_cps", "rollout.noise_level=1"), "rollout.noise_level 1.0 must be below 1 for flow_cps"),
+        (
+            MINIMAL,
+            ("rollout.sampler=flow_cps", "rollout.noise_level=1"),
+            "rollout.noise_level 1.0 must be below 1 for flow_cps",
+        ),
         (MINIMAL, ("train.optimizer_steps=65",), "train.optimizer_steps 65 exceeds the 64 trajectories there are"),
     ],
 )

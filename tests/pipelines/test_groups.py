@@ -93,9 +93,7 @@ def test_seeds_follow_the_experiments_seed_and_not_its_name() -> None:
 
 def test_ids_follow_the_run() -> None:
     prompts, config = _prompts(4), small()
-    one, other = (
-        [m.trajectory_id for t in shard_tasks(config, run, prompts, 0, {}) for m in t.members] for run in ("a", "b")
-    )
+    one, other = ([m.trajectory_id for t in shard_tasks(config, run, prompts, 0, {}) for m in t.members] for run in ("a", "b"))
     assert not set(one) & set(other)
 
 

@@ -44,7 +44,9 @@ def test_damage_is_a_value_error_or_another_picture(media_format: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"], ids=["empty", "text", "head", "cut"]
+    "data",
+    [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"],
+    ids=["empty", "text", "head", "cut"],
 )
 def test_what_is_no_picture(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a picture: "):

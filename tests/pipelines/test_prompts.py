@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipelines.embedded import scenes
-from pipelines.prompts import Prompt, load_prompts
+from pipelines.prompts import Prompt, load_prompts, thinned
 
 texts = st.text(min_size=1).filter(str.strip).filter(lambda text: text.isprintable() or "\u2028" in text)
 scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | texts
@@ -27,7 +27,7 @@ def test_embedded_prompts_are_the_worlds() -> None:
     loaded = load_prompts("embedded")
     assert set(loaded) == {"train", "held_out"}
     for split in ("train", "held_out"):
-        world = scenes.prompts(split)  # type: ignore[arg-type]
+        world = scenes.prompts(split)
         assert [(p.text, p.metadata) for p in loaded[split]] == [(p.text, p.metadata) for p in world]
     everything = [p.prompt_id for prompts in loaded.values() for p in prompts]
     assert len(set(everything)) == len(everything)
@@ -49,13 +49,15 @@ def test_a_file(tmp_path: Path) -> None:
     }
 
 
-@given(prompts=st.dictionaries(texts, st.dictionaries(texts, scalars, max_size=3), min_size=1, max_size=5), ascii_only=st.booleans())
+@given(
+    prompts=st.dictionaries(texts, st.dictionaries(texts, scalars, max_size=3), min_size=1, max_size=5),
+    ascii_only=st.booleans(),
+)
+@example(prompts={"a\u2028cat\x85": {"note\u2029": "\x1c"}}, ascii_only=False)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
 def test_any_json_comes_back(prompts: dict[str, dict[str, Any]], ascii_only: bool, tmp_path: Path) -> None:
     """U+2028 and the like too: JSON allows them inside a line, though str.splitlines() would cut there."""
-    lines = [
-        json.dumps({"text": text, "metadata": metadata}, ensure_ascii=ascii_only) for text, metadata in prompts.items()
-    ]
+    lines = [json.dumps({"text": text, "metadata": metadata}, ensure_ascii=ascii_only) for text, metadata in prompts.items()]
     assert load_prompts(_file(tmp_path, *lines))["train"] == [Prompt(text, data) for text, data in prompts.items()]
 
 
@@ -95,3 +97,14 @@ def test_prompt_id_covers_text_and_metadata_and_not_their_order() -> None:
     base = Prompt("a", {"x": 1, "y": 2}).prompt_id
     assert base == Prompt("a", {"y": 2, "x": 1}).prompt_id
     assert len({base, Prompt("b", {"x": 1, "y": 2}).prompt_id, Prompt("a", {"x": 1}).prompt_id}) == 3
+
+
+@given(count=st.integers(1, 50), size=st.integers(1, 50))
+def test_thinned_is_evenly_spaced(count: int, size: int) -> None:
+    kept = thinned([Prompt(str(i), {}) for i in range(size)], count)
+    places = [int(prompt.text) for prompt in kept]
+    assert len(places) == min(count, size)
+    assert places[0] == 0
+    gaps = [after - before for before, after in zip(places, [*places[1:], size], strict=True)]
+    assert max(gaps) - min(gaps) <= 1
+    assert min(gaps) >= 1

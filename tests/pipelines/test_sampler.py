@@ -188,7 +188,7 @@ def test_log_density_is_differentiable_with_the_gaussian_gradient() -> None:
     with torch.no_grad():
         following = latents + sampler.offset(grid, steps, latents, velocity)
         following = following + torch.tensor(_column(grid.std, steps), dtype=torch.float32) * noise
-    sampler.log_density(grid, steps, latents, following, velocity).sum().backward()
+    torch.autograd.backward(sampler.log_density(grid, steps, latents, following, velocity).sum())
     coef, std = _column(grid.velocity_coef, steps), _column(grid.std, steps)
     residual = following.double().numpy() - _mean64(grid, steps, latents, velocity.detach())
     assert velocity.grad is not None
@@ -266,6 +266,7 @@ def test_noise_depends_on_seed_and_step_alone() -> None:
     shuffled = sampler.batch_noise(seeds[::-1], 4, SHAPE, torch.device("cpu"))
     assert torch.equal(shuffled, together.flip(0))
     assert together.dtype == torch.float32
+    assert not torch.equal(sampler.noise(1, 0, SHAPE), sampler.noise(1 + 2**32, 0, SHAPE))  # every bit of the seed counts
 
 
 def test_noise_is_standard_normal_and_independent_between_steps_and_seeds() -> None:
@@ -294,13 +295,9 @@ def test_draw_follows_the_table_step_by_step(name: sampler.Sampler) -> None:
         mean, _ = table_mean_and_std(name, grid.sigmas, k, 0.6, stored_state, 0.3 * stored_state + grid.sigmas[k])
         if std > 0:
             golden = stats.norm.logpdf(path.latents[:, k + 1].double().numpy(), mean, std).sum((1, 2, 3))
-            np.testing.assert_allclose(path.logprob[:, k].numpy(), golden, atol=1e-5 * elements_of(SHAPE) / std)
+            np.testing.assert_allclose(path.logprob[:, k].numpy(), golden, atol=1e-5 * math.prod(SHAPE) / std)
         else:
             assert not path.logprob[:, k].any()
-
-
-def elements_of(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 def test_draw_from_the_middle_is_the_end_of_the_whole() -> None:
@@ -341,7 +338,7 @@ def _reevaluated(policy: SD3Policy, grid: sampler.Transitions, texts: list[str],
     count, steps = latents.shape[0], int((grid.std > 0).sum())
     order = torch.randperm(count * steps, generator=torch.Generator().manual_seed(0))
     result = torch.zeros(count, grid.num_steps, dtype=torch.float64)
-    for chosen in order.split(chunk):
+    for chosen in torch.split(order, chunk):
         row, k = chosen // steps, chosen % steps
         with torch.no_grad():
             velocity = policy.velocity(

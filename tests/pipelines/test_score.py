@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from opgrpo_data.shards import read_media
-from pipelines import media
 from pipelines.experiment import Experiment
 from pipelines.score import reward_files, score
 from tests.pipelines.bad_rewards import BAD_MOODS, Mood, brightness, digest
-from tests.pipelines.helpers import flipped, forked, rows_of
+from tests.pipelines.helpers import flipped, forked, pictures_of, rows_of
 
 
 @pytest.fixture
@@ -21,17 +18,11 @@ def experiment(rolled: Path, tmp_path: Path) -> Experiment:
     return forked(rolled, tmp_path)
 
 
-def _pictures(experiment: Experiment) -> dict[str, Any]:
-    """trajectory_id to its picture."""
-    rows = rows_of(experiment, "trajectories")
-    return {row["trajectory_id"]: media.decode(read_media(experiment.store.directory, row)) for row in rows}
-
-
 def test_every_sample_gets_its_value(experiment: Experiment, mood: Mood) -> None:
     outcome = score(experiment, 0)
     assert (outcome.done, outcome.skipped) == (8, 0)
     assert outcome.detail == {"reward": "moody", "version": "1", "failed": 0}
-    pictures, rows = _pictures(experiment), rows_of(experiment, "rewards")
+    pictures, rows = pictures_of(experiment), rows_of(experiment, "rewards")
     assert {row["trajectory_id"]: row["value"] for row in rows} == {key: brightness(p) for key, p in pictures.items()}
     assert len(rows) == 8
     assert all(row["detail"] == '{"height":24}' and row["error"] is None for row in rows)
@@ -69,7 +60,7 @@ def test_batches_have_the_configured_size(rolled: Path, tmp_path: Path, mood: Mo
 
 @pytest.mark.parametrize("kind", [*BAD_MOODS, "one too many"])
 def test_one_bad_sample_costs_nobody_else_theirs(experiment: Experiment, mood: Mood, kind: str) -> None:
-    pictures = _pictures(experiment)
+    pictures = pictures_of(experiment)
     bad = sorted(pictures)[3]
     mood.kind, mood.pictures = kind, {digest(pictures[bad])}
     outcome = score(experiment)
@@ -92,7 +83,7 @@ def test_one_bad_sample_costs_nobody_else_theirs(experiment: Experiment, mood: M
 
 
 def test_a_retry_scores_only_what_failed(experiment: Experiment, mood: Mood) -> None:
-    pictures = _pictures(experiment)
+    pictures = pictures_of(experiment)
     bad = set(sorted(pictures)[:2])
     mood.kind, mood.pictures = "raises", {digest(pictures[key]) for key in bad}
     assert score(experiment).detail["failed"] == 2
@@ -129,7 +120,7 @@ def test_another_version_scores_everything_again(experiment: Experiment, mood: M
 @pytest.mark.parametrize("version", ["1/2", "", "../1", ".1"])
 def test_a_version_that_is_no_name_is_refused(experiment: Experiment, mood: Mood, version: str) -> None:
     mood.version = version
-    with pytest.raises(ValueError, match="version .* cannot be part of a path"):
+    with pytest.raises(ValueError, match=r"version .* cannot be part of a path"):
         score(experiment)
 
 

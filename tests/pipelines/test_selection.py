@@ -12,9 +12,8 @@ from opgrpo_data.errors import CorruptionError, StoreError
 from pipelines.experiment import Experiment
 from pipelines.score import score
 from pipelines.selection import select
-from tests.pipelines.bad_rewards import Mood
-from tests.pipelines.helpers import forked, rows_of
-from tests.pipelines.test_score import _pictures, digest
+from tests.pipelines.bad_rewards import Mood, digest
+from tests.pipelines.helpers import forked, pictures_of, rows_of
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_rewards_of_another_version_do_not_count(experiment: Experiment, mood: M
 
 
 def test_a_sample_that_could_not_be_judged_leaves_its_group(experiment: Experiment, mood: Mood) -> None:
-    pictures = _pictures(experiment)
+    pictures = pictures_of(experiment)
     bad = sorted(pictures)[0]
     mood.kind, mood.pictures = "raises", {digest(pictures[bad])}
     score(experiment, 0)

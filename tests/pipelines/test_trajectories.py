@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -173,6 +173,7 @@ def test_an_unchanged_policy_has_weight_1_and_no_path_variance(
 @settings(
     deadline=None,
     max_examples=6,
+    phases=[Phase.generate],  # to shrink a failure would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_a_chain_of_continuations_knows_who_drew_each_step(

@@ -86,7 +86,7 @@ def test_copy_into() -> None:
 def test_weights_of_another_model_are_refused() -> None:
     model = _Model()
     good = {"inner.weight": torch.zeros(2, 3), "inner.bias": torch.zeros(2)}
-    with pytest.raises(ValueError, match="of another model: 1 parameter names differ, for example 'inner.bias'"):
+    with pytest.raises(ValueError, match=r"of another model: 1 parameter names differ, for example 'inner\.bias'"):
         weights.copy_into(model, {"inner.weight": good["inner.weight"]})
     with pytest.raises(ValueError, match="of another model: 1 parameter names differ, for example 'outer'"):
         weights.copy_into(model, {**good, "outer": torch.zeros(1)})

@@ -74,6 +74,7 @@ def test_scenes_hold_what_the_spec_says(spec: scenes.Spec, seed: int) -> None:
     assert scene.objects == spec.objects
     assert len(set(scene.cells)) == len(spec.objects)
     image = scenes.render(scene)
-    assert image.shape == (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3) and image.dtype == np.uint8
+    assert image.shape == (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3)
+    assert image.dtype == np.uint8
     drawn = sum(int(scenes.shape_mask(shape).sum()) for shape, _ in spec.objects)
     assert int((image != np.array(scenes.GROUND, np.uint8)).any(-1).sum()) == drawn

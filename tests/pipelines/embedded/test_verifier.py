@@ -89,7 +89,8 @@ def test_the_relation_is_between_columns_whatever_the_rows(cells: tuple[scenes.C
 
 def test_the_relation_earns_more_the_nearer_it_comes() -> None:
     soft = [judge(scenes.render(Scene(POSITION.objects, ((0, c), (1, 1)))), POSITION).soft for c in (2, 1, 0)]
-    assert soft == sorted(soft) and soft[0] < soft[1] < soft[2] == 1.0
+    assert soft == sorted(soft)
+    assert soft[0] < soft[1] < soft[2] == 1.0
 
 
 def test_blank_noise_and_filled_pictures_are_refused() -> None:
@@ -111,12 +112,13 @@ def test_a_damaged_shape_has_no_name() -> None:
     image = scenes.render(Scene(ONE.objects, ((1, 1),)))
     image[11:, :] = scenes.GROUND
     verdict = judge(image, ONE)
-    assert verdict.strict == 0 and verdict.detail["objects"] == ["red ?"]
+    assert verdict.strict == 0
+    assert verdict.detail["objects"] == ["red ?"]
 
 
 def test_wrong_input_is_named() -> None:
     image = scenes.render(Scene(ONE.objects, ((1, 1),)))
-    with pytest.raises(ValueError, match="uint8, got .* float64"):
+    with pytest.raises(ValueError, match=r"uint8, got .* float64"):
         verifier.verify(image[None] / 255.0, [ONE.metadata()])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got 1 pictures but 2 metadata"):
         verifier.verify(image[None], [ONE.metadata()] * 2)

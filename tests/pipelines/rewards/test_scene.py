@@ -12,7 +12,8 @@ from pipelines.rewards.base import Reward
 
 @pytest.mark.parametrize(("reward", "name"), [(scene_reward.strict(), "scene_strict"), (scene_reward.soft(), "scene_soft")])
 def test_scores_right_and_almost_right(reward: Reward, name: str) -> None:
-    assert reward.name == name and reward.version
+    assert reward.name == name
+    assert reward.version
     rng = np.random.default_rng(0)
     prompts = scenes.prompts("held_out")[::4]
     specs = [scenes.Spec.parse(p.metadata) for p in prompts]

@@ -37,6 +37,7 @@ class Catalog:
 
     def __init__(self, store: Store) -> None:
         self.connection = duckdb.connect(":memory:")
+        self.connection.execute("CREATE SCHEMA stored")  # out of sight of SHOW TABLES
         readable: list[str] = []
         sources = {name: self._source(store, name, readable) for name in TABLES}
         for view, query in _VIEWS.items():
@@ -60,8 +61,8 @@ class Catalog:
         # DuckDB would take a `*` in the store's own path for a wildcard, and read its neighbours.
         wild = glob.escape(store.directory.root) != store.directory.root
         if not paths or not store.directory.local or wild:
-            self.connection.register(f"stored_{kind}", store.read_tables(kind, paths))
-            return f"stored_{kind}"
+            self.connection.from_arrow(store.read_tables(kind, paths)).create(f"stored.{kind}")
+            return f"stored.{kind}"
         absolute = [store.directory.path(path) for path in paths]
         readable.extend(absolute)
         # The partition folders are for people: as columns, `run`, `iter` and `reward` would collide with ours.

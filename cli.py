@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,95 +82,80 @@ def init(config: ConfigPath, store: StoreUrl = DEFAULT_STORE, overrides: Overrid
         typer.echo(json.dumps(told) if as_json else f"run {told['run_id']} is in store {told['store']}")
 
 
-@app.command()
-def rollout(
-    config: ConfigPath,
-    store: StoreUrl = DEFAULT_STORE,
-    iteration: Iteration = None,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Draw the trajectories of an iteration: fresh ones, and continuations of replayed prefixes."""
-    with _errors():
-        from pipelines.rollout import rollout as stage
+def _stage(name: str, path: str, which: Callable[[Experiment, int | None], int | None], summary: str) -> None:
+    """Make the command of one stage: every stage takes an experiment, an iteration and dry_run, and gives an Outcome."""
 
-        experiment = _experiment(config, store, overrides, quiet)
-        _print_outcome(stage(experiment, _current(experiment, iteration), dry_run), dry_run, as_json)
-
-
-@app.command()
-def score(
-    config: ConfigPath,
-    store: StoreUrl = DEFAULT_STORE,
-    iteration: Iteration = None,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Score trajectories that lack the reward: of one iteration, or of the whole run."""
-    with _errors():
-        from pipelines.score import score as stage
-
-        experiment = _experiment(config, store, overrides, quiet)
-        _print_outcome(stage(experiment, iteration, dry_run), dry_run, as_json)
+    @app.command(name=name, help=summary)
+    def command(
+        config: ConfigPath,
+        store: StoreUrl = DEFAULT_STORE,
+        iteration: Iteration = None,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        as_json: Json = False,
+        quiet: Quiet = False,
+    ) -> None:
+        with _errors():
+            module, _, function = path.partition(":")
+            experiment = _experiment(config, store, overrides, quiet)
+            outcome = getattr(import_module(module), function)(experiment, which(experiment, iteration), dry_run)
+            _print_outcome(outcome, dry_run, as_json)
 
 
-@app.command()
-def select(
-    config: ConfigPath,
-    store: StoreUrl = DEFAULT_STORE,
-    iteration: Iteration = None,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Choose the replay buffer, and plan the training iteration: advantages, importance weights, batches."""
-    with _errors():
-        from pipelines.selection import select as stage
-
-        experiment = _experiment(config, store, overrides, quiet)
-        _print_outcome(stage(experiment, _current(experiment, iteration), dry_run), dry_run, as_json)
+def _current(experiment: Experiment, iteration: int | None) -> int:
+    """The iteration the run is in; of a finished run the last one, where there is nothing to do."""
+    return min(experiment.iteration, experiment.config.iterations - 1) if iteration is None else iteration
 
 
-@app.command()
-def train(
-    config: ConfigPath,
-    store: StoreUrl = DEFAULT_STORE,
-    iteration: Iteration = None,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Execute the plan of an iteration: a new policy, and a record of what was done with each trajectory."""
-    with _errors():
-        from pipelines.train import train as stage
-
-        experiment = _experiment(config, store, overrides, quiet)
-        _print_outcome(stage(experiment, _planned(experiment, iteration), dry_run), dry_run, as_json)
+def _planned(experiment: Experiment, iteration: int | None) -> int:
+    """The iteration to train: the one the run is in, or, where that has no plan yet, the last one, which is done."""
+    if iteration is not None:
+        return iteration
+    current = experiment.iteration
+    has_plan = experiment.store.files("plans", run=experiment.run_id, iteration=current)
+    return current if has_plan or current == 0 else current - 1
 
 
-@app.command(name="eval")
-def evaluate(
-    config: ConfigPath,
-    store: StoreUrl = DEFAULT_STORE,
-    iteration: Iteration = None,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure the held-out reward of the averaged policy at the start of an iteration, and keep that policy."""
-    with _errors():
-        from pipelines.evaluation import evaluate as stage
+def _given(_: Experiment, iteration: int | None) -> int | None:
+    """All of the run unless an iteration is given."""
+    return iteration
 
-        experiment = _experiment(config, store, overrides, quiet)
-        chosen = experiment.iteration if iteration is None else iteration
-        _print_outcome(stage(experiment, chosen, dry_run), dry_run, as_json)
+
+def _trained(experiment: Experiment, iteration: int | None) -> int:
+    """The newest policy."""
+    return experiment.iteration if iteration is None else iteration
+
+
+_stage(
+    "rollout",
+    "pipelines.rollout:rollout",
+    _current,
+    "Draw the trajectories of an iteration: fresh ones, and continuations of replayed prefixes.",
+)
+_stage(
+    "score",
+    "pipelines.score:score",
+    _given,
+    "Score what lacks the reward: the trajectories of one iteration, or of the whole run.",
+)
+_stage(
+    "select",
+    "pipelines.selection:select",
+    _current,
+    "Choose the replay buffer, and plan the training iteration: advantages, importance weights, batches.",
+)
+_stage(
+    "train",
+    "pipelines.train:train",
+    _planned,
+    "Execute the plan of an iteration: a new policy, and a record of what was done with each trajectory.",
+)
+_stage(
+    "eval",
+    "pipelines.evaluation:evaluate",
+    _trained,
+    "Measure the held-out reward of the averaged policy at the start of an iteration, and keep that policy.",
+)
 
 
 @app.command()
@@ -218,20 +204,6 @@ def sql(
             typer.echo(json.dumps(rows, default=str))
         else:
             _print_table(table.column_names, rows)
-
-
-def _current(experiment: Experiment, iteration: int | None) -> int:
-    """The iteration the run is in; of a finished run the last one, where there is nothing to do."""
-    return min(experiment.iteration, experiment.config.iterations - 1) if iteration is None else iteration
-
-
-def _planned(experiment: Experiment, iteration: int | None) -> int:
-    """The iteration to train: the one the run is in, or, where that has no plan yet, the last one, which is done."""
-    if iteration is not None:
-        return iteration
-    current = experiment.iteration
-    has_plan = experiment.store.files("plans", run=experiment.run_id, iteration=current)
-    return current if has_plan or current == 0 else current - 1
 
 
 def _run(config: Path, store: str, overrides: list[str] | None, dry_run: bool, as_json: bool, quiet: bool) -> None:

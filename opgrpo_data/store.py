@@ -52,7 +52,7 @@ class Store:
         """Open the store at `url`, making it first if nothing is there. Raises StoreError if something else is."""
         directory = Directory(url)
         if not directory.exists(MARKER):
-            if directory.list("*"):
+            if directory.list("*") and not directory.exists(MARKER):  # or another process has just made it
                 raise StoreError(f"{url} is not empty and not an opgrpo store: choose another directory")
             document = {"format": schema.FORMAT, "version": schema.SCHEMA_VERSION, "created_at": now().isoformat()}
             directory.publish(MARKER, json.dumps(document).encode())

@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +60,33 @@ def save(models: denoiser.Models, vae: AutoencoderKL, folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def pretrain(
-    folder: Path, seed: int, vae_steps: int, clean_steps: int, noisy_steps: int, pairs: int, device: torch.device
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Schedule:
+    """How long each part trains (steps of 64 pictures for the autoencoder, of 256 pairs for the denoiser), on how many
+    prompt-picture pairs a phase, and on how many pictures a prompt success is measured."""
+
+    vae_steps: int = 1500
+    clean_steps: int = 2000
+    noisy_steps: int = 800
+    pairs: int = 60_000
+    repeats: int = 8
+
+
+def pretrain(folder: Path, seed: int, schedule: Schedule, device: torch.device) -> dict[str, Any]:
     """Train everything and write it to `folder`; returns the log that is written beside it."""
     start = time.monotonic()
     log: dict[str, Any] = {"seed": seed, "device": device.type, "torch": torch.__version__, "wrong": WRONG}
-    vae, log["autoencoder"] = autoencoder.train(vae_steps, seed, device)
+    vae, log["autoencoder"] = autoencoder.train(schedule.vae_steps, seed, device)
     rng = np.random.default_rng(seed + 1)
     log["lossless"] = lossless(vae, rng)
     torch.manual_seed(seed)
     models = denoiser.build(device)
     log["parameters"] = denoiser.count_parameters(models.transformer)
-    phases = (("clean", denoiser.CLEAN, clean_steps, 5e-3, 0.99), ("noisy", WRONG, noisy_steps, 1.5e-3, 0.99))
+    phases = (("clean", denoiser.CLEAN, schedule.clean_steps, 5e-3, 0.99), ("noisy", WRONG, schedule.noisy_steps, 1.5e-3, 0.99))
     for label, wrong, steps, lr, ema in phases:
-        data = denoiser.make_pairs(pairs, wrong, vae, models.tokenizer, rng)
+        data = denoiser.make_pairs(schedule.pairs, wrong, vae, models.tokenizer, rng)
         log[label] = denoiser.train(models, data, steps, lr, ema, label)
-        log[f"success_{label}"] = {s: measure(models, vae, s, 8, seed) for s in ("train", "held_out")}
+        log[f"success_{label}"] = {s: measure(models, vae, s, schedule.repeats, seed) for s in ("train", "held_out")}
         print(json.dumps(log[f"success_{label}"]), flush=True)
     log["seconds"] = round(time.monotonic() - start, 1)
     save(models, vae, folder)
@@ -88,23 +99,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the embedded pipeline.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--clean-steps", type=int, default=2000)
-    parser.add_argument("--noisy-steps", type=int, default=800)
-    parser.add_argument("--pairs", type=int, default=60_000, help="prompt-picture pairs drawn per phase")
+    for part in fields(Schedule):
+        parser.add_argument(f"--{part.name.replace('_', '-')}", type=int, default=part.default)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; results depend on it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    log = pretrain(
-        options.out,
-        options.seed,
-        options.vae_steps,
-        options.clean_steps,
-        options.noisy_steps,
-        options.pairs,
-        device,
-    )
+    schedule = Schedule(**{part.name: getattr(options, part.name) for part in fields(Schedule)})
+    log = pretrain(options.out, options.seed, schedule, device)
     print(f"wrote {options.out} in {log['seconds']} s: held-out {log['success_noisy']['held_out']}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +27,15 @@ app = typer.Typer(
 )
 
 DEFAULT_STORE = "opgrpo-store"
+PIPE_WIDTH = 100_000
 LEARNING_CURVE = (
-    "SELECT iteration, count(*) AS n, avg(value) AS reward "
-    "FROM trajectories JOIN rewards USING (trajectory_id) GROUP BY 1 ORDER BY 1"
+    "SELECT iteration, count(*) AS n, avg(value) AS reward FROM trajectories JOIN rewards USING (trajectory_id) "
+    "WHERE {mine} GROUP BY 1 ORDER BY 1"
 )
-OLDEST_ENTRIES = "SELECT text, decayed_reward, age FROM buffer JOIN prompts USING (prompt_id)"
+OLDEST_ENTRIES = (
+    "SELECT text, decayed_reward, age FROM buffer JOIN prompts USING (prompt_id) "
+    "WHERE {mine} AND iteration = {last} ORDER BY age DESC LIMIT 10"
+)
 QUICKSTART = Path(__file__).parent / "pipelines" / "embedded" / "quickstart.yaml"
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file, for example examples/quickstart.yaml")]
@@ -198,54 +204,69 @@ def sql(
         from opgrpo_data.catalog import Catalog
         from opgrpo_data.store import Store
 
-        table = Catalog(Store.open(store)).query(query)
-        rows = table.to_pylist()
+        rows = Catalog(Store.open(store)).query(query).to_pylist()
         if as_json:
-            typer.echo(json.dumps(rows, default=str))
+            typer.echo(json.dumps(_plain(rows), default=str, allow_nan=False))
         else:
-            _print_table(table.column_names, rows)
+            _print_table(rows)
 
 
 def _run(config: Path, store: str, overrides: list[str] | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    from pipelines.config import load_config
+    from pipelines.experiment import trained_iterations
     from pipelines.loop import estimate, run
 
     if dry_run:
-        told: dict[str, Any] = estimate(load_config(config, overrides or ()))
+        from pipelines.config import load_config
+
+        wanted = load_config(config, overrides or ())
+        told: dict[str, Any] = estimate(wanted, trained_iterations(store, wanted))
         typer.echo(json.dumps(told) if as_json else "\n".join(f"{name}: {value}" for name, value in told.items()))
         return
     result = run(_experiment(config, store, overrides, quiet, init=True))
     if as_json:
         typer.echo(json.dumps(asdict(result)))
-        return
-    _print_result(config, result)
+    else:
+        _print_result(config, overrides or [], result)
 
 
-def _print_result(config: Path, result: Result) -> None:
-    gain = result.held_out_after - result.held_out_before
-    ask = f"opgrpo sql --store {result.store}"
-    last = result.iterations - 1
-    typer.echo(
-        f"\nheld-out reward before {result.held_out_before:.3f}, after {result.held_out_after:.3f} "
-        f"({gain:+.3f}, standard error {result.standard_error:.3f}, {result.samples} samples)\n"
-        f"pictures before and after: {result.picture}\n"
-        f"store: {result.store} (run {result.run_id}, policy {result.policy_id})\n"
-        f"go on with:\n"
-        f'  {ask} "{LEARNING_CURVE}"\n'
-        f'  {ask} "{OLDEST_ENTRIES} WHERE iteration = {last} ORDER BY age DESC LIMIT 10"\n'
-        f"  opgrpo run {config} --store {result.store} --set iterations={2 * result.iterations}"
-    )
+def _print_result(config: Path, overrides: list[str], result: Result) -> None:
+    """Before and after, where things lie, and three commands to go on with, ready to be pasted into a shell."""
+    if result.held_out_before is not None and result.held_out_after is not None:
+        gain = result.held_out_after - result.held_out_before
+        typer.echo(
+            f"\nheld-out reward before {result.held_out_before:.3f}, after {result.held_out_after:.3f} "
+            f"({gain:+.3f} ± {result.gain_error:.3f}, {result.samples} samples)\n"
+            f"pictures before and after: {result.picture}"
+        )
+    typer.echo(f"store: {result.store} (run {result.run_id}, policy {result.policy_id})\ngo on with:")
+    mine, last = f"run_id = '{result.run_id}'", result.iterations - 1
+    longer = [*(part for override in overrides for part in ("--set", override)), "--set", f"iterations={2 * result.iterations}"]
+    for command in (
+        ["opgrpo", "sql", "--store", result.store, LEARNING_CURVE.format(mine=mine)],
+        ["opgrpo", "sql", "--store", result.store, OLDEST_ENTRIES.format(mine=mine, last=last)],
+        ["opgrpo", "run", str(config), "--store", result.store, *longer],
+    ):
+        typer.echo(f"  {shlex.join(command)}")
 
 
-def _print_table(names: list[str], rows: list[dict[str, Any]]) -> None:
+def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*names)
+    table = Table(*(rows[0] if rows else ["no rows"]))
     for row in rows:
         table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table, markup=False)
+    # Into a pipe nothing is cut: the reader there has no narrow window.
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table, markup=False)
+
+
+def _plain(value: Any) -> Any:
+    """The value with null in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

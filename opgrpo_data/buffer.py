@@ -40,9 +40,8 @@ def select(
 ) -> pa.Table:
     """The buffer after `iteration`: per prompt the best of the incumbent and the new candidates.
 
-    previous, found and the result have the schema BUFFERS. An incumbent stays unless it is beaten: ties go to the entry
-    born first, then to the smaller id. Rewards that are not finite never enter. An entry in quarantine (`excluded`) leaves
-    the buffer, and the best new candidate, if any, takes its place: what it once beat was not kept.
+    previous, found and the result have the schema BUFFERS. The highest decayed reward wins; of equals the entry born last,
+    then the smaller id. Rewards that are not finite, and trajectories in `excluded`, never enter.
     """
     query = resources.files("opgrpo_data").joinpath("queries/buffer.sql").read_text()
     parameters = {"iteration": iteration, "decay": rule.decay, "decay_form": rule.decay_form}

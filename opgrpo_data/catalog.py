@@ -42,9 +42,9 @@ class Catalog:
         sources = {name: self._source(store, name, readable) for name in TABLES}
         for view, query in _VIEWS.items():
             self._create_view(store, view, query.format(**sources))
-        self.connection.register(
-            "policies", table_of([_policy(d) for d in store.documents("policies/*/policy.json")], POLICIES)
-        )
+        kept = {path.split("/")[1] for path in store.directory.list("policies/*/weights.safetensors")}
+        policies = [_policy(document, kept) for document in store.documents("policies/*/policy.json")]
+        self.connection.register("policies", table_of(policies, POLICIES))
         self.connection.register("runs", table_of([_run(d) for d in store.documents("runs/*.json")], RUNS))
         self._lock(readable)
 
@@ -85,7 +85,8 @@ class Catalog:
             if statements[0].type != duckdb.StatementType.SELECT:
                 kind = str(statements[0].type).removeprefix("StatementType.")
                 raise StoreError(f"the store is read-only to SQL: {kind} is refused, a SELECT is not")
-            return self.connection.sql(sql).to_arrow_table()
+            table = self.connection.sql(sql).to_arrow_table()
+            return table.rename_columns(_distinct(table.column_names))
         except duckdb.Error as error:
             raise StoreError(f"SQL: {' '.join(str(error).split())}") from error
 
@@ -94,9 +95,15 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _policy(document: dict[str, Any]) -> dict[str, Any]:
+def _distinct(names: list[str]) -> list[str]:
+    """Column names with a number behind those that came before: rows as dicts would lose them."""
+    return [name if name not in names[:i] else f"{name}_{names[:i].count(name)}" for i, name in enumerate(names)]
+
+
+def _policy(document: dict[str, Any], kept: set[str]) -> dict[str, Any]:
     picked = {name: document.get(name) for name in POLICIES.names}
-    return picked | {"created_at": datetime.fromisoformat(document["created_at"])}
+    created_at = datetime.fromisoformat(document["created_at"])
+    return picked | {"has_weights": document["policy_id"] in kept, "created_at": created_at}
 
 
 def _run(document: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Errors a user can cause or meet; the command line prints them in one line and exits with their code."""
+"""Errors a user can cause or meet; the command line prints them in one line."""
 
 from __future__ import annotations
 

@@ -43,7 +43,10 @@ class Directory:
     """A directory or bucket prefix: relative paths in, bytes out. The only class that knows where files lie."""
 
     def __init__(self, url: str) -> None:
-        self.filesystem, self.root = fsspec.core.url_to_fs(url)
+        try:
+            self.filesystem, self.root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"cannot reach the store {url!r}: {error}") from error
         self.local = isinstance(self.filesystem, LocalFileSystem)
         self.url = self.root if self.local else url
 
@@ -95,13 +98,14 @@ class Directory:
         """Create the file with these bytes unless the name is taken. True if we created it.
 
         Locally a hard link of a finished temporary file: atomic, and it fails when the name exists. Remotely a
-        conditional PUT, which servers refuse as FileExistsError or as EINVAL.
+        conditional PUT, which servers refuse as FileExistsError or as EINVAL; EINVAL can also mean something else, and
+        then the error is raised.
         """
         if not self.local:
             try:
                 self.filesystem.pipe_file(self.path(relative), data, mode="create")
             except OSError as error:
-                if isinstance(error, FileExistsError) or error.errno == errno.EINVAL:
+                if isinstance(error, FileExistsError) or (error.errno == errno.EINVAL and self.exists(relative)):
                     return False
                 raise
             return True
@@ -123,7 +127,7 @@ class Directory:
     @contextmanager
     def _temporary(self, relative: str) -> Iterator[tuple[BinaryIO, Path, Path]]:
         target = Path(self.path(relative))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(target.parent)
         temporary = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
         try:
             with temporary.open("xb", buffering=BUFFER_BYTES) as file:
@@ -135,6 +139,14 @@ class Directory:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _make_directory(path: Path) -> None:
+    """mkdir -p that survives a power cut: every directory it makes is synced into its parent."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

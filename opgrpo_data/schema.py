@@ -155,6 +155,7 @@ UPDATES = pa.schema(
     [
         ("run_id", pa.string()),
         ("iteration", pa.int64()),
+        ("new_policy_id", pa.string()),
         ("optimizer_step", pa.int32()),
         ("trajectory_id", pa.string()),
         ("role", pa.string()),

@@ -41,6 +41,14 @@ TABLES: Mapping[str, TableKind] = {
 }
 
 
+# What a user can do about a damaged file besides restoring it.
+REMADE = {
+    "rewards": ", or remove it and run `opgrpo score` again",
+    "buffers": ", or remove it and run `opgrpo select` for that iteration again",
+    "plans": ", or remove it and run `opgrpo select` for that iteration again",
+}
+
+
 class Store:
     """An opened store. Build it with `Store.create` or `Store.open`."""
 
@@ -91,7 +99,7 @@ class Store:
             return schema.conform(pq.read_table(pa.BufferReader(data), page_checksum_verification=True), wanted)
         except (pa.ArrowException, OSError, ValueError) as error:  # depending on which byte is damaged
             raise StoreError(
-                f"{path} is damaged ({error}): remove it, and the stage that wrote it will make it again"
+                f"{path} is damaged ({error}): restore it from a copy{REMADE.get(path.split('/')[0], '')}"
             ) from error
 
     def files(self, kind: str, *, run: str = "*", iteration: int | None = None, reward: str = "*") -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -59,7 +59,7 @@ class PromptsConfig(Section):
     """Where prompts come from."""
 
     source: str = Field("embedded", description="'embedded', or a .jsonl file of {text, metadata, split}")
-    limit: int | None = Field(None, ge=1, description="train on the first so many prompts; None: all")
+    limit: int | None = Field(None, ge=1, description="train on so many prompts, evenly spaced over the source; None: all")
 
 
 class RolloutConfig(Section):
@@ -124,7 +124,7 @@ class EvalConfig(Section):
     samples: int = Field(512, ge=1, description="pictures, dealt evenly over the held-out prompts")
     num_steps: int = Field(10, ge=1, description="denoising steps")
     batch_size: int = Field(128, ge=1, description="trajectories per forward pass")
-    reward: RewardConfig = RewardConfig()
+    reward: RewardConfig | None = Field(None, description="None: the reward that is trained on")
     seed: int = Field(0, ge=0, description="of the evaluation noise: the same for every policy")
 
 
@@ -146,7 +146,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _make_sense(self) -> RunConfig:
         rollout, replay, train = self.rollout, self.replay, self.train
-        if replay.prefix_steps >= rollout.num_steps:
+        if self.algorithm == "op_grpo" and replay.prefix_steps >= rollout.num_steps:
             raise ValueError(
                 f"replay.prefix_steps {replay.prefix_steps} must be smaller than rollout.num_steps {rollout.num_steps}: "
                 f"the old policy has to draw a tail"
@@ -164,9 +164,19 @@ class RunConfig(Section):
 
     @property
     def run_id(self) -> str:
-        """Name and hash of every setting that changes what is computed; a longer run of the same settings continues it."""
-        identity = self.model_dump(mode="json", exclude={"name", "iterations"})
+        """Name and hash of every setting that changes what is trained: a longer run of the same settings, or one that is
+        evaluated otherwise, is the same run."""
+        identity = self.model_dump(
+            mode="json", exclude={"name": True, "iterations": True, "eval": True, "train": {"keep_states"}}
+        )
+        if self.algorithm == "flow_grpo":
+            del identity["replay"]
         return ids.run_id(self.name, identity)
+
+    @property
+    def eval_reward(self) -> RewardConfig:
+        """The reward that evaluations use."""
+        return self.eval.reward or self.reward
 
     @property
     def buffer_rule(self) -> BufferRule:
@@ -247,5 +257,6 @@ def _explain(problem: Mapping[str, Any]) -> str:
 def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+        for part in (field.annotation, *get_args(field.annotation)):  # `RewardConfig | None` holds a section too
+            if isinstance(part, type) and issubclass(part, Section):
+                yield from _known_keys(part, f"{prefix}{name}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from opgrpo_data.errors import StoreError
 from opgrpo_data.io import checked_name
 from opgrpo_data.schema import EVALS, table_of
 from opgrpo_data.store import iteration_folder
-from pipelines import sampler, weights
+from pipelines import sampler
 from pipelines.experiment import Experiment, Outcome
 from pipelines.policies.base import Policy
 from pipelines.prompts import Prompt, thinned
@@ -36,43 +37,55 @@ def evaluate(experiment: Experiment, iteration: int, dry_run: bool = False) -> O
 
     Raises ValueError when the prompts have no held-out split or the reward fails.
     """
-    store, config = experiment.store, experiment.config.eval
-    reward = experiment.reward(config.reward)
-    name = f"{checked_name(reward.name, 'reward')}.v{checked_name(reward.version, 'version')}"
-    path = f"{iteration_folder('evals', experiment.run_id, iteration)}/{name}.parquet"
+    store, path = experiment.store, evaluation_path(experiment, iteration)
     if store.directory.exists(path):
         table = store.read_tables("evals", [path])
         return Outcome("eval", iteration, 0, table.num_rows, _summary(table))
     if dry_run:
-        return Outcome("eval", iteration, config.samples, 0)
-    learner = experiment.learner(iteration)
-    policy_id = learner.average_id
-    with learner.averaged():
-        rows = [
-            {"run_id": experiment.run_id, "iteration": iteration, "policy_id": policy_id, **row}
-            for row in _evaluate(experiment, reward)
-        ]
-    if iteration > 0:
-        kept = weights.to_bytes(learner.average)
-        experiment.register_policy(policy_id, learner.policy_id, iteration=iteration, kind="average", weights=kept)
-    table = table_of(rows, EVALS)
+        return Outcome("eval", iteration, experiment.config.eval.samples, 0)
+    policy_id = experiment.keep_average(iteration)
+    told = {"run_id": experiment.run_id, "iteration": iteration, "policy_id": policy_id}
+    with experiment.learner(iteration).averaged():
+        table = table_of([told | row for row in _evaluate(experiment)], EVALS)
     store.publish_table(path, table)
     return Outcome("eval", iteration, table.num_rows, 0, _summary(table))
 
 
+def evaluation_path(experiment: Experiment, iteration: int) -> str:
+    """Where the evaluation of an iteration lies: another reward, or other settings, are another evaluation."""
+    config, reward = experiment.config.eval, experiment.reward(experiment.config.eval_reward)
+    judged = f"{checked_name(reward.name, 'reward')}.v{checked_name(reward.version, 'version')}"
+    settings = f"{config.samples}samples-{config.num_steps}steps-seed{config.seed}"
+    return f"{iteration_folder('evals', experiment.run_id, iteration)}/{judged}.{settings}.parquet"
+
+
+def gain(experiment: Experiment, first: int, second: int) -> tuple[float, float]:
+    """Mean difference of two evaluations and its standard error, sample by sample: both policies got the same noise."""
+    tables = [experiment.store.read_tables("evals", [evaluation_path(experiment, i)]) for i in (first, second)]
+    before, after = (table.sort_by([("prompt_id", "ascending"), ("sample_index", "ascending")]) for table in tables)
+    return _mean_and_error(pc.subtract(after["value"], before["value"]))
+
+
 def _summary(table: pa.Table) -> dict[str, Any]:
-    mean, deviation = pc.mean(table["value"]).as_py(), pc.stddev(table["value"]).as_py()
+    mean, error = _mean_and_error(table["value"])
     return {
         "policy_id": table["policy_id"][0].as_py(),
         "reward": table["reward"][0].as_py(),
         "mean": mean,
-        "standard_error": deviation / table.num_rows**0.5,
+        "standard_error": error,
         "samples": table.num_rows,
     }
 
 
-def _evaluate(experiment: Experiment, reward: Reward) -> Iterator[dict[str, Any]]:
-    config = experiment.config.eval
+def _mean_and_error(values: pa.ChunkedArray) -> tuple[float, float]:
+    """Mean and its standard error, samples taken as independent; of one sample the error is unknown: infinite."""
+    count = len(values)
+    error = pc.stddev(values, ddof=1).as_py() / count**0.5 if count > 1 else math.inf
+    return pc.mean(values).as_py(), error
+
+
+def _evaluate(experiment: Experiment) -> Iterator[dict[str, Any]]:
+    config, reward = experiment.config.eval, experiment.reward(experiment.config.eval_reward)
     samples = evaluation_samples(experiment.prompts["held_out"], config.samples, config.seed)
     starts = range(0, len(samples), config.batch_size)
     for start in experiment.progress.bar(starts, "eval"):

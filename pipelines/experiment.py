@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
@@ -15,11 +17,11 @@ import pyarrow.compute as pc
 from opgrpo_data.errors import StoreError
 from opgrpo_data.ids import canonical_json
 from opgrpo_data.io import Directory
-from opgrpo_data.store import Store
+from opgrpo_data.store import Store, iteration_folder
 from pipelines.config import RewardConfig, RunConfig
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt, load_prompts, thinned
-from pipelines.rewards.base import REWARDS, Reward
+from pipelines.rewards.base import REWARDS, Reward, checked
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `select` and `score` do without
     from pipelines.learner import Learner
@@ -53,8 +55,15 @@ class Experiment:
     def init(cls, url: str, config: RunConfig, progress: Progress) -> Experiment:
         """Create the store where there is none; register prompts, the run and its base policy. Does nothing twice."""
         if Directory(url).exists(_run_path(config.run_id)):
-            return cls.open(url, config, progress)
+            experiment = cls.open(url, config, progress)
+            experiment._check_prompts()
+            return experiment
         prompts = load_prompts(config.prompts.source)
+        if len(prompts["train"]) < config.rollout.prompts_per_iteration:
+            raise ValueError(
+                f"rollout.prompts_per_iteration is {config.rollout.prompts_per_iteration}, but {config.prompts.source} has "
+                f"only {len(prompts['train'])} training prompts"
+            )
         experiment = cls(Store.create(url), config, progress)
         paths = {
             split: experiment.store.add_prompts([{"text": p.text, "metadata": p.metadata} for p in members], split)
@@ -109,27 +118,49 @@ class Experiment:
 
     def learner(self, iteration: int) -> Learner:
         """The learner as it was at the start of `iteration`, from memory if it is there."""
-        if self._learner.iteration != iteration:
-            self._learner.load(self.store, self.run_id, iteration)
+        if self._learner.iteration != iteration and iteration == 0:
+            self._learner.reset()
+        elif self._learner.iteration != iteration:
+            self._learner.load(self.store, self.run_id, iteration, self._policy_after(iteration - 1))
         return self._learner
+
+    def _policy_after(self, iteration: int) -> str:
+        """policy_id that `updates` commits the run to. Raises StoreError when the iteration is not trained."""
+        if not self.store.directory.exists(self._updates_path(iteration)):
+            raise StoreError(f"iteration {iteration} of run {self.run_id} is not trained yet: run `opgrpo train` first")
+        policy_id: str = self.store.read_tables("updates", [self._updates_path(iteration)])["new_policy_id"][0].as_py()
+        return policy_id
 
     def reward(self, config: RewardConfig) -> Reward:
         """The reward of a configuration, built once."""
         key = canonical_json(config.model_dump(mode="json"))
         if key not in self._rewards:
-            self._rewards[key] = REWARDS.build(config.name, **config.options)
+            self._rewards[key] = checked(REWARDS.build(config.name, **config.options), config.name)
         return self._rewards[key]
 
     @property
     def iteration(self) -> int:
-        """The iteration the run is in: how many have been trained to the end."""
-        return len(self.store.files("updates", run=self.run_id))
+        """The iteration the run is in: the first that is not trained to the end."""
+        trained = set(self.store.files("updates", run=self.run_id))
+        return next(i for i in itertools.count() if self._updates_path(i) not in trained)
+
+    def _updates_path(self, iteration: int) -> str:
+        return f"{iteration_folder('updates', self.run_id, iteration)}.parquet"
 
     @cached_property
     def prompts(self) -> dict[str, list[Prompt]]:
         """The run's prompts by split, as `init` stored them; the training split thinned to `prompts.limit`."""
         loaded = {split: self._stored_prompts(path) for split, path in self.document["prompts"].items()}
         return loaded | {"train": thinned(loaded["train"], self.config.prompts.limit or len(loaded["train"]))}
+
+    def _check_prompts(self) -> None:
+        """Raise ValueError when the prompt file is still there and says something else than when the run began."""
+        source = self.config.prompts.source
+        if source != "embedded" and not Path(source).exists():
+            return
+        began = {split: self._stored_prompts(path) for split, path in self.document["prompts"].items()}
+        if load_prompts(source) != began:
+            raise ValueError(f"the prompts in {source} changed since run {self.run_id} began: init a run of another name")
 
     def _stored_prompts(self, path: str) -> list[Prompt]:
         rows = self.store.read_tables("prompts", [path]).to_pylist()
@@ -153,14 +184,31 @@ class Experiment:
             "iteration": iteration,
             "kind": kind,
             "parameters": parameters,
-            "has_weights": weights is not None,
         }
         self.store.add_policy(policy_id, document, weights)
+
+    def keep_average(self, iteration: int) -> str:
+        """Publish the averaged weights at the start of `iteration` as a policy; returns its id."""
+        learner = self.learner(iteration)
+        policy_id = learner.average_id
+        if iteration > 0:  # at 0 it is the base policy, whose weights lie with its model
+            from pipelines.weights import to_bytes
+
+            kept = to_bytes(learner.average)
+            self.register_policy(policy_id, learner.policy_id, iteration=iteration, kind="average", weights=kept)
+        return policy_id
 
     def scored_ids(self, paths: list[str]) -> set[str]:
         """Trajectories that have a value, not only an error, in these reward files."""
         table = self.store.read_tables("rewards", paths)
         return set(table.filter(pc.is_null(table["error"]))["trajectory_id"].to_pylist())
+
+
+def trained_iterations(url: str, config: RunConfig) -> int:
+    """How far the run of a configuration is in the store at `url`; 0 where there is no such store or run."""
+    if not Directory(url).exists(_run_path(config.run_id)):
+        return 0
+    return Experiment(Store.open(url), config, Progress(quiet=True)).iteration
 
 
 def _run_path(run_id: str) -> str:

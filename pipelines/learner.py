@@ -29,6 +29,10 @@ class Learner:
         self.policy = policy
         self.config = config
         self.parameters = weights.trainable(policy.trainable)
+        if odd := {str(parameter.dtype) for parameter in self.parameters.values()} - {"torch.float32"}:
+            raise ValueError(
+                f"weights in {odd} round small updates away: load the policy with options {{dtype: float32}} to train it"
+            )
         self.base = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.reset()
 
@@ -78,25 +82,28 @@ class Learner:
             weights.copy_into(self.policy.trainable, current)
 
     def save(self, store: Store, run_id: str, iteration: int) -> None:
-        """Write the training state at the start of `iteration`, replacing one that a killed attempt left."""
+        """Write the training state at the start of `iteration`, under the policy's name.
+
+        Two processes that train one iteration on different machines may end at different policies: their states lie side
+        by side, and the table `updates`, of which there is one, says which is the run's.
+        """
         state: dict[str, Tensor] = {f"weights/{name}": tensor for name, tensor in self.parameters.items()}
         state |= {f"average/{name}": tensor for name, tensor in self.average.items()}
         for name, parameter in self.parameters.items():
             state |= {f"{moment}/{name}": self.optimizer.state[parameter][moment] for moment in MOMENTS}
-        with store.directory.write_atomic(_state_path(run_id, iteration)) as file:
+        with store.directory.write_atomic(_state_path(run_id, iteration, self.policy_id)) as file:
             file.write(weights.to_bytes(state))
 
-    def load(self, store: Store, run_id: str, iteration: int) -> None:
+    def load(self, store: Store, run_id: str, iteration: int, policy_id: str) -> None:
         """Become the learner at the start of `iteration`. Raises StoreError when that state is not kept any more."""
-        self.reset()
-        if iteration == 0:
-            return
-        path = _state_path(run_id, iteration)
+        path = _state_path(run_id, iteration, policy_id)
         try:
             state = weights.from_bytes(store.directory.read(path), path)
         except FileNotFoundError as error:
-            kept = [name.split("iter=")[1][:6] for name in store.directory.list(_state_path(run_id, None))]
-            raise StoreError(f"run {run_id} keeps no training state of iteration {iteration}; it keeps {kept}") from error
+            raise StoreError(
+                f"run {run_id} keeps no training state of iteration {iteration}; it keeps {sorted(_kept(store, run_id))}"
+            ) from error
+        self.reset()
         weights.copy_into(self.policy.trainable, _part(state, "weights"))
         self.average = {name: tensor.to(self.policy.device) for name, tensor in _part(state, "average").items()}
         moments = {moment: _part(state, moment) for moment in MOMENTS}
@@ -107,17 +114,19 @@ class Learner:
         self.iteration = iteration
 
     def prune(self, store: Store, run_id: str) -> None:
-        """Remove all but the newest `keep_states` training states of the run."""
-        paths = store.directory.list(_state_path(run_id, None))
-        for path in paths[: -self.config.keep_states]:
-            store.directory.remove_tree(path.rpartition("/")[0])
+        """Remove the training states of all but the newest `keep_states` iterations."""
+        for iteration in sorted(_kept(store, run_id))[: -self.config.keep_states]:
+            store.directory.remove_tree(iteration_folder("states", run_id, iteration))
 
 
-def _state_path(run_id: str, iteration: int | None) -> str:
-    folder = iteration_folder("states", run_id, iteration or 0)
-    if iteration is None:
-        folder = folder.replace("iter=000000", "iter=*")
-    return f"{folder}/state.safetensors"
+def _state_path(run_id: str, iteration: int, policy_id: str) -> str:
+    return f"{iteration_folder('states', run_id, iteration)}/{policy_id}.safetensors"
+
+
+def _kept(store: Store, run_id: str) -> set[int]:
+    """Iterations that have a training state."""
+    paths = store.directory.list(f"states/run={run_id}/iter=*/*.safetensors")
+    return {int(path.split("/iter=")[1].split("/")[0]) for path in paths}
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

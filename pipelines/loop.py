@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from pipelines import media
 from pipelines.config import RunConfig
-from pipelines.evaluation import draw_samples, evaluate, evaluation_samples, judge_samples
+from pipelines.evaluation import draw_samples, evaluate, evaluation_samples, gain, judge_samples
 from pipelines.experiment import Experiment, Outcome
 from pipelines.prompts import Prompt, thinned
 from pipelines.rewards.base import Media
@@ -25,62 +25,90 @@ GRID_PICTURES = 5
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. held_out_*: mean evaluation reward; policy_id: the averaged weights that it is the reward of."""
+    """What a run came to.
+
+    policy_id: the averaged weights after the last iteration. held_out_before, held_out_after: mean evaluation reward of
+    the base policy and of that one; gain_error: standard error of their difference. None without held-out prompts.
+    """
 
     store: str
     run_id: str
     policy_id: str
     iterations: int
-    held_out_before: float
-    held_out_after: float
-    standard_error: float
+    held_out_before: float | None
+    held_out_after: float | None
+    gain_error: float | None
     samples: int
     seconds: float
-    picture: str
+    picture: str | None
 
 
 def run(experiment: Experiment) -> Result:
-    """All iterations of the configuration, from wherever the store says the run is; evaluations before, between, after."""
+    """All iterations of the configuration, from wherever the store says the run is; evaluations before, between, after.
+
+    Raises ValueError when the run is further already.
+    """
     began = time.monotonic()
-    config = experiment.config
-    before = evaluate(experiment, 0)
-    _tell(experiment, before)
-    for iteration in range(experiment.iteration, config.iterations):
-        started = time.monotonic()
-        rollout(experiment, iteration)
-        score(experiment, iteration)
-        select(experiment, iteration)
-        train(experiment, iteration)
-        _tell_iteration(experiment, iteration, time.monotonic() - started)
-        if config.eval.every and (iteration + 1) % config.eval.every == 0:
-            _tell(experiment, evaluate(experiment, iteration + 1))
-    after = evaluate(experiment, config.iterations)
+    last, started = experiment.config.iterations, experiment.iteration
+    if started > last:
+        raise ValueError(f"run {experiment.run_id} is trained to iteration {started} already: iterations={last} is behind it")
+    measured = bool(experiment.prompts["held_out"])
+    if not measured:
+        experiment.progress.warn('no held-out prompts, so nothing is evaluated: give some prompts "split": "held_out"')
+    for iteration in range(started, last):
+        if measured and _due(experiment, iteration):
+            _tell(experiment, evaluate(experiment, iteration))
+        _iterate(experiment, iteration)
+    policy_id = experiment.keep_average(last)
+    if not measured:
+        spent = time.monotonic() - began
+        return Result(experiment.store.directory.url, experiment.run_id, policy_id, last, None, None, None, 0, spent, None)
+    before, after = evaluate(experiment, 0), evaluate(experiment, last)
     _tell(experiment, after)
     return Result(
         store=experiment.store.directory.url,
         run_id=experiment.run_id,
-        policy_id=after.detail["policy_id"],
-        iterations=config.iterations,
+        policy_id=policy_id,
+        iterations=last,
         held_out_before=before.detail["mean"],
         held_out_after=after.detail["mean"],
-        standard_error=after.detail["standard_error"],
+        gain_error=gain(experiment, 0, last)[1],
         samples=after.detail["samples"],
         seconds=time.monotonic() - began,
         picture=_picture(experiment),
     )
 
 
-def estimate(config: RunConfig) -> dict[str, Any]:
-    """What `run` would do, from the configuration alone."""
-    rollout = config.rollout
-    trajectories = config.iterations * rollout.prompts_per_iteration * rollout.group_size
+def _iterate(experiment: Experiment, iteration: int) -> None:
+    began = time.monotonic()
+    rollout(experiment, iteration)
+    score(experiment, iteration)
+    select(experiment, iteration)
+    train(experiment, iteration)
+    rewards = experiment.store.read_tables("rewards", reward_files(experiment, iteration))
+    mean, spent = pc.mean(rewards["value"]).as_py(), time.monotonic() - began
+    experiment.progress.say(f"iteration {iteration + 1}/{experiment.config.iterations}: reward {mean:.3f}, {spent:.1f} s")
+
+
+def _due(experiment: Experiment, iteration: int) -> bool:
+    """Whether the policy at the start of `iteration` is to be evaluated on the way. Asked before the iteration begins, so
+    that a run that was killed in an evaluation makes up for it."""
+    every = experiment.config.eval.every
+    return iteration == 0 or (every is not None and iteration % every == 0)
+
+
+def estimate(config: RunConfig, trained: int) -> dict[str, Any]:
+    """What `run` would do, from the configuration and the iterations that are trained already."""
+    rollout, missing = config.rollout, max(config.iterations - trained, 0)
+    trajectories = missing * rollout.prompts_per_iteration * rollout.group_size
     return {
         "run_id": config.run_id,
         "algorithm": config.algorithm,
-        "iterations": config.iterations,
+        "iterations_done": trained,
+        "iterations": missing,
         "trajectories": trajectories,
         "denoising_steps": trajectories * rollout.num_steps,
-        "optimizer_steps": config.iterations * config.train.optimizer_steps,
+        "optimizer_steps": missing * config.train.optimizer_steps,
         "evaluation_samples_each": config.eval.samples,
     }
 
@@ -91,12 +119,6 @@ def _tell(experiment: Experiment, outcome: Outcome) -> None:
         f"iteration {outcome.iteration}: held-out {told['reward']} {told['mean']:.3f} "
         f"± {told['standard_error']:.3f} ({told['samples']} samples)"
     )
-
-
-def _tell_iteration(experiment: Experiment, iteration: int, seconds: float) -> None:
-    rewards = experiment.store.read_tables("rewards", reward_files(experiment, iteration))
-    mean = pc.mean(rewards["value"]).as_py()
-    experiment.progress.say(f"iteration {iteration + 1}/{experiment.config.iterations}: reward {mean:.3f}, {seconds:.1f} s")
 
 
 def _picture(experiment: Experiment) -> str:
@@ -123,6 +145,6 @@ def _judged(experiment: Experiment, iteration: int, prompts: list[Prompt]) -> li
     learner = experiment.learner(iteration)
     with learner.averaged():
         pictures = draw_samples(experiment.policy, samples, config.num_steps)
-    verdicts = judge_samples(experiment.reward(config.reward), samples, pictures)
+    verdicts = judge_samples(experiment.reward(experiment.config.eval_reward), samples, pictures)
     framed = [(picture, (verdict.value or 0) >= 0.5) for picture, verdict in zip(pictures, verdicts, strict=True)]
     return [framed[row :: len(prompts)] for row in range(len(prompts))]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -30,11 +33,29 @@ class Registry(Generic[T]):
                 f"or give the import path of your own as module:attribute"
             )
         try:
-            factory = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"cannot import {self.kind} {path!r}: {error}") from error
+            with _working_directory_importable():
+                factory = getattr(importlib.import_module(module_name), attribute)
+        except Exception as error:  # users' modules fail in every way there is
+            raise ValueError(f"cannot import {self.kind} {path!r}: {type(error).__name__}: {error}") from error
         try:
             built: T = factory(**options)
-        except TypeError as error:
-            raise ValueError(f"{self.kind} {name!r} cannot be built with options {options}: {error}") from error
+        except ValueError:
+            raise
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.kind} {name!r} cannot be built with options {options}: {told}") from error
         return built
+
+
+@contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """People keep their reward beside their config: an installed script would not look there, `python -m` does."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(here)

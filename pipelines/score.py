@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from opgrpo_data import ids
-from opgrpo_data.errors import CorruptionError
+from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.io import checked_name
 from opgrpo_data.schema import REWARDS, table_of
 from opgrpo_data.shards import read_media
@@ -22,27 +22,47 @@ def score(experiment: Experiment, iteration: int | None = None, dry_run: bool = 
 
     A sample whose reward fails gets an error row; the next `score` tries it again.
     """
-    store, config = experiment.store, experiment.config.reward
-    reward = experiment.reward(config)
-    shards = store.files("trajectories", run=experiment.run_id, iteration=iteration)
-    done, skipped, failed, first_error = 0, 0, 0, None
-    for shard in experiment.progress.bar(shards, f"score {'' if iteration is None else iteration}"):
-        earlier = _reward_files(experiment, reward, shard)
-        scored = experiment.scored_ids(earlier)
-        rows = store.read_tables("trajectories", [shard]).to_pylist()
-        missing = [row for row in rows if row["trajectory_id"] not in scored]
-        done, skipped = done + len(missing), skipped + len(rows) - len(missing)
-        if missing and not dry_run:
-            results = _judge_all(experiment, reward, missing, config.batch_size)
-            store.publish_table(f"{_stem(reward, shard)}.{len(earlier):03d}.parquet", table_of(results, REWARDS))
-            errors = [row["error"] for row in results if row["error"] is not None]
-            failed, first_error = failed + len(errors), first_error or next(iter(errors), None)
-    if failed:
-        experiment.progress.warn(f"reward {reward.name} failed on {failed} of {done} samples, first: {first_error}")
-    if failed and failed == done:
-        raise ValueError(f"reward {reward.name} failed on all {failed} samples: {first_error}. Correct it and score again")
-    detail = {"reward": reward.name, "version": reward.version, "failed": failed}
+    reward = experiment.reward(experiment.config.reward)
+    shards = experiment.store.files("trajectories", run=experiment.run_id, iteration=iteration)
+    if not shards:
+        where = f"run {experiment.run_id}" if iteration is None else f"iteration {iteration}"
+        raise StoreError(f"{where} has no trajectories to score: run `opgrpo rollout` first")
+    bar = experiment.progress.bar(shards, f"score {'' if iteration is None else iteration}")
+    tallies = [_score_shard(experiment, reward, shard, dry_run) for shard in bar]
+    done, skipped = sum(tally.done for tally in tallies), sum(tally.skipped for tally in tallies)
+    errors = [error for tally in tallies for error in tally.errors]
+    if errors and len(errors) == done and not skipped:
+        raise ValueError(f"reward {reward.name} failed on all {done} samples: {errors[0]}. Correct it and score again")
+    if errors:
+        experiment.progress.warn(f"reward {reward.name} failed on {len(errors)} of {done} samples, first: {errors[0]}")
+    detail = {"reward": reward.name, "version": reward.version, "failed": len(errors)}
     return Outcome("score", iteration, done, skipped, detail)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was scored of a shard: trajectories judged now, those that had a value before, and what went wrong now."""
+
+    done: int
+    skipped: int
+    errors: list[str]
+
+
+def _score_shard(experiment: Experiment, reward: Reward, shard: str, dry_run: bool) -> Tally:
+    store = experiment.store
+    rows = store.read_tables("trajectories", [shard]).to_pylist()
+    while True:
+        earlier = _reward_files(experiment, reward, shard)
+        scored = experiment.scored_ids(list(earlier.values()))
+        missing = [row for row in rows if row["trajectory_id"] not in scored]
+        skipped = len(rows) - len(missing)
+        if dry_run or not missing:
+            return Tally(len(missing), skipped, [])
+        results = _judge_all(experiment, reward, missing, experiment.config.reward.batch_size)
+        attempt = max(earlier, default=-1) + 1
+        if store.publish_table(f"{_stem(reward, shard)}.{attempt:03d}.parquet", table_of(results, REWARDS)):
+            return Tally(len(missing), skipped, [row["error"] for row in results if row["error"] is not None])
+        # Another scorer was faster: see what it left.
 
 
 def _stem(reward: Reward, shard: str) -> str:
@@ -51,15 +71,18 @@ def _stem(reward: Reward, shard: str) -> str:
     return f"{folder}/{shard.removeprefix('trajectories/').removesuffix('.parquet')}.v{checked_name(reward.version, 'version')}"
 
 
-def _reward_files(experiment: Experiment, reward: Reward, shard: str) -> list[str]:
-    return experiment.store.directory.list(f"{_stem(reward, shard)}.[0-9][0-9][0-9].parquet")
+def _reward_files(experiment: Experiment, reward: Reward, shard: str) -> dict[int, str]:
+    """Files with values of one reward and version for one shard, by the number of the attempt."""
+    stem = f"{_stem(reward, shard)}."
+    found = ((path.removeprefix(stem).removesuffix(".parquet"), path) for path in experiment.store.directory.list(f"{stem}*"))
+    return {int(attempt): path for attempt, path in found if attempt.isdecimal()}
 
 
 def reward_files(experiment: Experiment, iteration: int) -> list[str]:
     """Every file with values of the run's reward, in its present version, for one iteration."""
     reward = experiment.reward(experiment.config.reward)
     shards = experiment.store.files("trajectories", run=experiment.run_id, iteration=iteration)
-    return [path for shard in shards for path in _reward_files(experiment, reward, shard)]
+    return [path for shard in shards for path in _reward_files(experiment, reward, shard).values()]
 
 
 def _judge_all(experiment: Experiment, reward: Reward, rows: list[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:

@@ -11,13 +11,14 @@ from pipelines.score import reward_files
 
 
 def select(experiment: Experiment, iteration: int, dry_run: bool = False) -> Outcome:
-    """Publish the buffer after this iteration, then its plan. Needs all of its trajectories, all of them scored.
+    """Publish the buffer after this iteration (empty for flow_grpo), then its plan.
 
-    Raises StoreError when trajectories or rewards are missing.
+    Raises StoreError when trajectories or rewards of the iteration are missing.
     """
     store, config = experiment.store, experiment.config
     plan_path = f"{iteration_folder('plans', experiment.run_id, iteration)}.parquet"
-    if store.directory.exists(plan_path):
+    buffer_path = f"{iteration_folder('buffers', experiment.run_id, iteration)}.parquet"
+    if store.directory.exists(plan_path) and store.directory.exists(buffer_path):
         return Outcome("select", iteration, 0, 1)
     trajectories = store.read_tables("trajectories", store.files("trajectories", run=experiment.run_id, iteration=iteration))
     rewards = store.read_tables("rewards", reward_files(experiment, iteration))
@@ -26,16 +27,17 @@ def select(experiment: Experiment, iteration: int, dry_run: bool = False) -> Out
     damaged = store.quarantined()
     plan = build_plan(trajectories, rewards, damaged, config.plan_rule(iteration))
     paths = store.files("buffers", run=experiment.run_id, iteration=iteration - 1)
+    replayable = trajectories if config.algorithm == "op_grpo" else trajectories.slice(0, 0)
     snapshot = buffer.select(
         store.read_tables("buffers", paths),
-        buffer.candidates(trajectories, rewards),
+        buffer.candidates(replayable, rewards),
         damaged,
         run_id=experiment.run_id,
         iteration=iteration,
         rule=config.buffer_rule,
     )
     if not dry_run:
-        store.publish_table(f"{iteration_folder('buffers', experiment.run_id, iteration)}.parquet", snapshot)
+        store.publish_table(buffer_path, snapshot)
         store.publish_table(plan_path, plan)
     detail = {"planned": plan.num_rows, "buffer": snapshot.num_rows}
     return Outcome("select", iteration, 1, 0, detail)

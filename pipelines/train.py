@@ -45,12 +45,15 @@ def train(experiment: Experiment, iteration: int, dry_run: bool = False) -> Outc
     old_id = learner.policy_id
     learner.iteration = None  # until the new state is whole
     updates = _run_plan(experiment, learner, plan)
+    if not updates:
+        raise StoreError(f"no trajectory in the plan of iteration {iteration} could be read: see the view quarantine")
     learner.update_average()
     new_id = learner.policy_id
     learner.save(store, run_id, iteration + 1)
     experiment.register_policy(new_id, old_id, iteration=iteration + 1, kind="trained", weights=None)
-    rows = [{"run_id": run_id, "iteration": iteration, **row} for row in updates]
-    store.publish_table(updates_path, table_of(rows, UPDATES))
+    rows = [{"run_id": run_id, "iteration": iteration, "new_policy_id": new_id, **row} for row in updates]
+    if not store.publish_table(updates_path, table_of(rows, UPDATES)):
+        return Outcome("train", iteration, 0, 1)  # another process was faster; its policy, not ours, will be loaded
     learner.iteration = iteration + 1
     learner.prune(store, run_id)
     return Outcome("train", iteration, 1, 0, {"policy_id": new_id, "trajectories": len(updates)})

@@ -13,8 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import yaml
 
 from opgrpo_data import schema
+from pipelines.config import build_config
 from tests.integration.harness import environment, opgrpo
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +88,13 @@ def test_every_command_shown_runs(
         else:
             shorter = SHORTER if words[1] in ("run", "quickstart") and "--dry-run" not in words else []
             opgrpo(*words[1:], *shorter)
+
+
+def test_configs_in_the_readme_are_valid() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        build_config(yaml.safe_load(block), "README.md")
 
 
 def runnable(words: list[str]) -> list[str]:

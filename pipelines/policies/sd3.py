@@ -135,7 +135,7 @@ def load(
             raise ValueError(f"it is a {parts.get('_class_name')}, which policy.family sd3 cannot load")
         # diffusers wants components that a pipeline was saved without (often the T5 encoder) named again as absent.
         absent = {name: None for name, part in parts.items() if isinstance(part, list) and part[0] is None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(source, dtype=DTYPES[dtype], **absent)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **absent)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot load the SD3 pipeline {model!r}: {' '.join(str(error).split())}") from error
     pipeline.to(target)

@@ -45,6 +45,16 @@ class Reward(Protocol):
         ...
 
 
+def checked(reward: Reward, name: str) -> Reward:
+    """Return what a factory built if it is a reward; raises ValueError that says what it lacks."""
+    for attribute in ("name", "version"):
+        if not isinstance(getattr(reward, attribute, None), str):
+            raise ValueError(f"reward {name!r} built {type(reward).__name__}, which has no text attribute {attribute!r}")
+    if not callable(getattr(reward, "score", None)):
+        raise ValueError(f"reward {name!r} built {type(reward).__name__}, which has no method score")
+    return reward
+
+
 REWARDS: Registry[Reward] = Registry(
     "reward",
     {

@@ -21,7 +21,7 @@ MARKS = {
     "score": "trajectories/run=*/iter=000000/00001.parquet",
     "select": "rewards/*/run=*/iter=000000/00001.*.parquet",
     "train": "plans/run=*/iter=000000.parquet",
-    "train, state written but not committed": "states/run=*/iter=000001/state.safetensors",
+    "train, state written but not committed": "states/run=*/iter=000001/*.safetensors",
     "rollout with replay": "trajectories/run=*/iter=000001/00000.parquet",
     "select with replay": "buffers/run=*/iter=000001.parquet",
     "train with replay": "plans/run=*/iter=000001.parquet",

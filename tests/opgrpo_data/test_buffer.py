@@ -59,7 +59,7 @@ def best_of_all_history(history: list[list[Scored]], iteration: int, rule: Buffe
         if scored.reward is not None and math.isfinite(scored.reward) and not scored.quarantined
     ]
     best: dict[str, Scored] = {}
-    for scored in sorted(usable, key=lambda s: (-decayed(s, iteration, rule), s.born, s.trajectory_id)):
+    for scored in sorted(usable, key=lambda s: (-decayed(s, iteration, rule), -s.born, s.trajectory_id)):
         best.setdefault(scored.prompt_id, scored)
     return best
 
@@ -141,10 +141,10 @@ def test_age_never_makes_an_entry_look_better(rule: BufferRule, reward: float) -
     assert values[0] == reward
 
 
-def test_ties_keep_the_incumbent_and_then_the_smaller_id() -> None:
+def test_of_equals_the_newer_stays_and_then_the_smaller_id() -> None:
     undecayed = buffer_rule(1.0)
     history = [[Scored("m", "p", 0, 1.0), Scored("k", "p", 0, 1.0)], [Scored("a", "p", 1, 1.0)]]
-    assert [table["trajectory_id"].to_pylist() for table in snapshots(history, undecayed)] == [["k"], ["k"]]
+    assert [table["trajectory_id"].to_pylist() for table in snapshots(history, undecayed)] == [["k"], ["a"]]
 
 
 def test_an_entry_keeps_all_that_a_continuation_needs() -> None:

@@ -111,6 +111,10 @@ class Refusing(MemoryFileSystem):  # type: ignore[misc]
 def test_a_servers_refusal_means_taken_and_nothing_else_does() -> None:
     directory = Directory("memory://refusing")
     directory.filesystem = Refusing(errno.EINVAL)
+    with pytest.raises(OSError, match="the server says no"):  # the name is free, so EINVAL means something else
+        directory.publish("a", b"")
+    with MemoryFileSystem().open("/refusing/a", "wb") as file:
+        file.write(b"taken")
     assert not directory.publish("a", b"")
     directory.filesystem = Refusing(errno.EACCES)
     with pytest.raises(PermissionError, match="the server says no"):

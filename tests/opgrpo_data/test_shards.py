@@ -457,6 +457,7 @@ def test_an_index_is_published_only_after_the_data_is_on_disk(tmp_path: Path, mo
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc to tell which file a descriptor belongs to")
     store = Store.create(str(tmp_path))
+    (tmp_path / folder()).mkdir(parents=True)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(os, "link", link)

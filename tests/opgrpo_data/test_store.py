@@ -206,7 +206,7 @@ def test_damage_of_the_footer_is_no_traceback(table_file: TableFile) -> None:
 
 def test_every_truncation_of_a_table_is_refused(table_file: TableFile) -> None:
     for size in range(len(table_file.content)):
-        with pytest.raises(StoreError, match=rf"{table_file.path} is damaged .*: remove it, and the stage that wrote it"):
+        with pytest.raises(StoreError, match=rf"{table_file.path} is damaged .*: restore it from a copy"):
             table_file.read(table_file.content[:size])
 
 

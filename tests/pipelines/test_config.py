@@ -58,7 +58,9 @@ def test_overrides(path: Path, override: str, section: str, key: str, value: Any
 
 def test_overrides_of_the_top_level_and_of_nested_sections(path: Path) -> None:
     config = load_config(path, ["name=b", "seed=3", "eval.reward.name=scene_soft", "iterations=3", "iterations=4"])
-    assert (config.name, config.seed, config.eval.reward.name, config.iterations) == ("b", 3, "scene_soft", 4)
+    assert (config.name, config.seed, config.eval_reward.name, config.iterations) == ("b", 3, "scene_soft", 4)
+    assert config.reward.name != "scene_soft"
+    assert load_config(path, ["reward.name=scene_soft"]).eval_reward.name == "scene_soft"
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,12 @@ def test_a_configuration_cannot_be_changed() -> None:
         config.train.lr = 1.0  # type: ignore[misc]
 
 
-def test_run_id_ignores_how_long_the_run_is_and_nothing_else() -> None:
+def test_run_id_is_of_what_changes_what_is_trained() -> None:
     base = small()
-    assert small(iterations=100).run_id == base.run_id
+    for same in ({"iterations": 100}, {"eval": {"seed": 1}}, {"train": {"keep_states": 5}}):
+        assert small(**same).run_id == base.run_id
+    on_policy = small(algorithm="flow_grpo")
+    assert small(algorithm="flow_grpo", replay={"decay": 0.9}).run_id == on_policy.run_id
     assert base.run_id.startswith("small-")
     changes: list[dict[str, Any]] = [
         {"name": "other"},
@@ -155,7 +160,6 @@ def test_run_id_ignores_how_long_the_run_is_and_nothing_else() -> None:
         {"replay": {"decay": 0.9}},
         {"reward": {"batch_size": 3}},
         {"train": {"lr": 1e-3}},
-        {"eval": {"seed": 1}},
     ]
     ids = {base.run_id, *(small(**change).run_id for change in changes)}
     assert len(ids) == len(changes) + 1

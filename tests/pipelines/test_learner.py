@@ -104,7 +104,7 @@ def test_save_and_load_restore_every_bit(policy: SD3Policy, store: Store) -> Non
     average_after = {name: tensor.clone() for name, tensor in learner.average.items()}
 
     other = Learner(shared_policy(), config)
-    other.load(store, "run", 2)
+    other.load(store, "run", 2, ids[0])
     assert other.iteration == 2
     assert (other.policy_id, other.average_id) == ids
     for (moment, name), tensor in moments.items():
@@ -126,25 +126,27 @@ def test_loading_into_a_used_learner_forgets_what_it_was(policy: SD3Policy, stor
     for seed in range(1, 4):
         _step(learner, seed)
         learner.update_average()
-    learner.load(store, "run", 1)
+    learner.load(store, "run", 1, trained)
     assert learner.policy_id == trained
     assert learner.average_id == base_id
     assert {int(learner.optimizer.state[p]["step"]) for p in learner.parameters.values()} == {1}
-    learner.load(store, "run", 0)
+    learner.reset()
     assert learner.policy_id == learner.average_id == base_id
     assert not learner.optimizer.state
     assert learner.iteration == 0
 
 
-def test_saving_again_replaces_what_a_killed_attempt_left(policy: SD3Policy, store: Store) -> None:
+def test_states_of_two_processes_lie_side_by_side(policy: SD3Policy, store: Store) -> None:
     learner = Learner(policy, TrainConfig(lr=0.01))
-    _step(learner, 0)
-    learner.save(store, "run", 1)
-    _step(learner, 1)
-    learner.save(store, "run", 1)
-    second = learner.policy_id
-    learner.load(store, "run", 1)
-    assert learner.policy_id == second
+    policies = []
+    for seed in range(2):
+        _step(learner, seed)
+        learner.save(store, "run", 1)
+        policies.append(learner.policy_id)
+    assert policies[0] != policies[1]
+    for policy_id in policies:
+        learner.load(store, "run", 1, policy_id)
+        assert learner.policy_id == policy_id
 
 
 @pytest.mark.parametrize("keep", [2, 3])
@@ -157,22 +159,22 @@ def test_prune_keeps_the_newest_of_its_run(policy: SD3Policy, store: Store, keep
     learner.prune(store, "run")
     kept = sorted(path.parent.name for path in Path(store.directory.path("states/run=run")).glob("*/*"))
     assert kept == [f"iter={i:06d}" for i in range(5 - keep, 5)]
-    assert store.directory.exists("states/run=run-2/iter=000001/state.safetensors")
-    with pytest.raises(StoreError, match=r"run run keeps no training state of iteration 1; it keeps \['00000"):
-        learner.load(store, "run", 1)
+    assert len(store.directory.list("states/run=run-2/iter=000001/*.safetensors")) == 1
+    with pytest.raises(StoreError, match=r"run run keeps no training state of iteration 1; it keeps \[[23], "):
+        learner.load(store, "run", 1, learner.policy_id)
     learner.prune(store, "none")
 
 
 def test_a_missing_state_and_a_damaged_one(policy: SD3Policy, store: Store) -> None:
     learner = Learner(policy, TrainConfig())
     with pytest.raises(StoreError, match=r"run run keeps no training state of iteration 3; it keeps \[\]"):
-        learner.load(store, "run", 3)
+        learner.load(store, "run", 3, learner.policy_id)
     _step(learner, 0)
     learner.save(store, "run", 1)
-    path = "states/run=run/iter=000001/state.safetensors"
+    path = f"states/run=run/iter=000001/{learner.policy_id}.safetensors"
     flipped(Path(store.directory.path(path)), 3)
     with pytest.raises(ValueError, match=f"{path} is damaged"):
-        learner.load(store, "run", 1)
+        learner.load(store, "run", 1, learner.policy_id)
 
 
 def test_reference_is_the_frozen_base(policy: SD3Policy) -> None:

@@ -26,7 +26,9 @@ def test_an_import_path_is_a_name() -> None:
 def test_known_modules_are_imported_only_when_asked_for() -> None:
     lazy: Registry[Any] = Registry("thing", {"broken": "no.such.module:thing", "good": f"{HERE}:moody"})
     assert lazy.build("good").name == "moody"
-    with pytest.raises(ValueError, match=r"cannot import thing 'no\.such\.module:thing': No module named 'no'"):
+    with pytest.raises(
+        ValueError, match=r"cannot import thing 'no\.such\.module:thing': ModuleNotFoundError: No module named 'no'"
+    ):
         lazy.build("broken")
 
 
@@ -39,9 +41,9 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     ("name", "message"),
     [
         (f"{HERE}:nothing", "cannot import reward .*nothing"),
-        ("no_such_module_of_ours:x", "cannot import reward 'no_such_module_of_ours:x': No module named"),
+        ("no_such_module_of_ours:x", "cannot import reward 'no_such_module_of_ours:x': ModuleNotFoundError: No module named"),
         (f"{HERE}:", "cannot import reward"),
-        (f"{HERE}:not_callable", "cannot be built with options {}: 'int' object is not callable"),
+        (f"{HERE}:not_callable", "cannot be built with options {}: TypeError: 'int' object is not callable"),
         (f"{HERE}:picky", r"cannot be built with options {}: .*missing 1 required keyword-only argument: 'colour'"),
     ],
 )

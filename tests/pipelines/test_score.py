@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from opgrpo_data.errors import StoreError
 from pipelines.experiment import Experiment
 from pipelines.score import reward_files, score
 from tests.pipelines.bad_rewards import BAD_MOODS, Mood, brightness, digest
@@ -48,8 +49,8 @@ def test_dry_run_counts_and_writes_nothing(experiment: Experiment, mood: Mood) -
 
 
 def test_an_iteration_without_trajectories_has_nothing_to_score(experiment: Experiment) -> None:
-    outcome = score(experiment, 1)
-    assert (outcome.done, outcome.skipped) == (0, 0)
+    with pytest.raises(StoreError, match="iteration 1 has no trajectories to score: run `opgrpo rollout` first"):
+        score(experiment, 1)
 
 
 def test_batches_have_the_configured_size(rolled: Path, tmp_path: Path, mood: Mood) -> None:

@@ -21,7 +21,7 @@ rollout: {prompts_per_iteration: 2, group_size: 4, num_steps: 5, groups_per_shar
 replay: {prefix_steps: 2}
 reward: {name: scene_soft}
 train: {window: 3}
-eval: {samples: 16, num_steps: 4}
+eval: {samples: 16, num_steps: 4, every: 1}
 """
 
 

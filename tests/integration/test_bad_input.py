@@ -99,7 +99,7 @@ def test_run_that_the_store_does_not_know(config: Path, store: Path) -> None:
 
 @pytest.mark.parametrize("how", ["nan", "raises"])
 def test_reward_that_always_fails_stops_the_run(how: str, config: Path, tmp_path: Path) -> None:
-    options = ["reward.name=tests.integration.rewards:Failing", f"reward.options.how={how}"]
+    options = ["eval.reward.name=scene_soft", "reward.name=tests.integration.rewards:Failing", f"reward.options.how={how}"]
     overrides = [part for option in options for part in ("--set", option)]
     said = refused("run", config, "--store", tmp_path / "store", *overrides)
     assert f"failing_{how} failed on all 8 samples" in said
@@ -112,10 +112,12 @@ def test_reward_that_fails_sometimes_leaves_those_out(config: Path, tmp_path: Pa
     texts = opgrpo_json("sql", "--store", finished[0], "SELECT DISTINCT text FROM trajectories JOIN prompts USING (prompt_id)")
     word = sorted(row["text"] for row in texts)[0]
     store = tmp_path / "store"
-    options = ["reward.name=tests.integration.rewards:Failing", "reward.options.how=raises", f"reward.options.word={word}"]
+    options = ["eval.reward.name=scene_soft", "reward.name=tests.integration.rewards:Failing"]
+    options += ["reward.options.how=raises", f"reward.options.word={word}"]
     overrides = [part for option in options for part in ("--set", option)]
     done = opgrpo("run", config, "--store", store, *overrides)
     assert "failed on 4 of 8 samples" in done.stderr
+    assert "failed on 8 of 8 samples" in opgrpo("score", config, "--store", store, *overrides).stderr  # retried, and no worse
     rows = opgrpo_json("sql", "--store", store, "SELECT iteration, count(*) AS n FROM plans GROUP BY 1 ORDER BY 1")
     assert [row["n"] for row in rows] == [4, 4]
 
@@ -204,3 +206,43 @@ def flip(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 0x10
     path.write_bytes(bytes(data))
+
+
+def test_a_run_cannot_be_made_shorter(config: Path, store: Path) -> None:
+    assert "trained to iteration 2 already" in refused("run", config, "--store", store, "--set", "iterations=1")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_reward", "unknown reward 'no_such_reward'; known: scene_soft, scene_strict"),
+        ("os:getcwd", "which has no text attribute 'name'"),
+        ("broken_reward:make", "cannot import reward 'broken_reward:make': ZeroDivisionError"),
+    ],
+)
+def test_rewards_that_are_none(name: str, message: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_reward.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    said = refused("run", config, "--store", tmp_path / "store", "--set", f"reward.name={name}")
+    assert message in said
+
+
+def test_score_before_rollout(config: Path, tmp_path: Path) -> None:
+    opgrpo("init", config, "--store", tmp_path / "store")
+    assert "run `opgrpo rollout` first" in refused("score", config, "--store", tmp_path / "store")
+    assert "run `opgrpo rollout` first" in refused("select", config, "--store", tmp_path / "store")
+    assert "run `opgrpo select` first" in refused("train", config, "--store", tmp_path / "store")
+
+
+def test_a_damaged_buffer_is_made_again(config: Path, store: Path) -> None:
+    """As the message says: remove it and select again."""
+    buffer = next(store.glob("buffers/run=*/iter=000001.parquet"))
+    good = buffer.read_bytes()
+    buffer.chmod(0o644)
+    buffer.write_bytes(good[: len(good) // 2])
+    longer = ("run", config, "--store", store, "--set", "iterations=3")
+    assert "remove it and run `opgrpo select` for that iteration again" in refused(*longer)
+    buffer.unlink()
+    opgrpo("select", config, "--store", store, "--iteration", "1")
+    assert buffer.read_bytes() == good
+    opgrpo(*longer)

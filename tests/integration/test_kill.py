@@ -22,10 +22,11 @@ MARKS = {
     "select": "rewards/*/run=*/iter=000000/00001.*.parquet",
     "train": "plans/run=*/iter=000000.parquet",
     "train, state written but not committed": "states/run=*/iter=000001/*.safetensors",
+    "eval on the way": "updates/run=*/iter=000000.parquet",
     "rollout with replay": "trajectories/run=*/iter=000001/00000.parquet",
     "select with replay": "buffers/run=*/iter=000001.parquet",
     "train with replay": "plans/run=*/iter=000001.parquet",
-    "eval": "updates/run=*/iter=000001.parquet",
+    "eval at the end": "updates/run=*/iter=000001.parquet",
 }
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import webdataset
 from PIL import Image
 
 from opgrpo_data.store import Store
-from tests.integration.harness import opgrpo, opgrpo_json
+from tests.integration.harness import environment, opgrpo, opgrpo_json
 
 Finished = tuple[Path, dict[str, Any]]
 LEARNING_CURVE = (
@@ -29,6 +32,7 @@ def test_result_has_what_a_script_needs(finished: Finished) -> None:
     assert Path(result["store"]) == store
     assert result["run_id"].startswith("small-")
     assert result["samples"] == 16
+    assert result["gain_error"] >= 0
     assert 0 <= result["held_out_before"] <= 1
     assert 0 <= result["held_out_after"] <= 1
     assert result["seconds"] > 0
@@ -131,7 +135,8 @@ def test_dry_run_changes_nothing(finished: Finished, config: Path, tmp_path: Pat
     before = sorted(store.rglob("*"))
     longer = ("--set", "iterations=3")
     assert opgrpo_json("rollout", config, "--store", store, "--dry-run", *longer)["detail"]["trajectories"] == 8
-    assert opgrpo_json("run", config, "--store", store, "--dry-run", *longer)["trajectories"] == 24
+    told = opgrpo_json("run", config, "--store", store, "--dry-run", *longer)
+    assert (told["iterations_done"], told["iterations"], told["trajectories"]) == (2, 1, 8)
     assert sorted(store.rglob("*")) == before
 
 
@@ -148,3 +153,55 @@ def test_flow_grpo_has_no_continuations(config: Path, tmp_path: Path) -> None:
     opgrpo("run", config, "--store", store, "--set", "algorithm=flow_grpo")
     rows = opgrpo_json("sql", "--store", store, "SELECT DISTINCT role FROM plans")
     assert rows == [{"role": "fresh"}]
+
+
+def test_the_commands_to_go_on_with_can_be_pasted(config: Path, tmp_path: Path) -> None:
+    """Even with a space in the path; the longer run is the same run."""
+    store = tmp_path / "my store"
+    said = opgrpo("run", config, "--store", store, "--set", "iterations=1", "--set", "seed=5").stdout
+    commands = [shlex.split(line) for line in said.partition("go on with:\n")[2].splitlines()]
+    assert [command[:2] for command in commands] == [["opgrpo", "sql"], ["opgrpo", "sql"], ["opgrpo", "run"]]
+    for command in commands:
+        opgrpo(*command[1:])
+    runs = opgrpo_json("sql", "--store", store, "SELECT run_id, count(DISTINCT iteration) AS n FROM updates GROUP BY 1")
+    assert [run["n"] for run in runs] == [2]
+
+
+def test_two_processes_on_one_run_end_at_one_policy(finished: Finished, config: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "cli", "run", str(config), "--store", str(store), "--json"]
+    both = [subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    results = []
+    for process in both:
+        said, complained = process.communicate(timeout=240)
+        assert process.returncode == 0, complained.decode()
+        results.append(json.loads(said))
+    assert {result["policy_id"] for result in results} == {finished[1]["policy_id"]}
+    for table in ("trajectories", "rewards", "plans"):
+        assert opgrpo_json("sql", "--store", store, f"SELECT count(*) AS n FROM {table}") == [{"n": 16}]
+
+
+def test_prompts_of_ones_own_without_a_held_out_split(config: Path, tmp_path: Path) -> None:
+    """The run goes through unevaluated; when the file is gone it still goes on, when it says something else it does not."""
+    prompts, store = tmp_path / "prompts.jsonl", tmp_path / "store"
+    lines = ['{"text": "un carré rouge"}', '{"text": "a blue circle", "metadata": {"n": 1}}']
+    prompts.write_text("\n".join(lines))
+    settings = [f"prompts.source={prompts}", "reward.name=tests.integration.rewards:Failing", "reward.options.how=never"]
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    done = opgrpo("run", config, "--store", store, "--set", "iterations=1", *overrides)
+    assert "no held-out prompts" in done.stderr
+    texts = opgrpo_json("sql", "--store", store, "SELECT DISTINCT text FROM trajectories JOIN prompts USING (prompt_id)")
+    assert sorted(row["text"] for row in texts) == ["a blue circle", "un carré rouge"]
+    prompts.write_text("\n".join([*lines, '{"text": "one more"}']))
+    refused = opgrpo("run", config, "--store", store, *overrides, check=False)
+    assert refused.returncode == 1
+    assert "changed since run" in refused.stderr
+    prompts.unlink()
+    assert opgrpo_json("run", config, "--store", store, *overrides)["held_out_after"] is None
+
+
+def test_sql_keeps_every_column_and_is_json(finished: Finished) -> None:
+    rows = opgrpo_json("sql", "--store", finished[0], "SELECT 1 AS a, 2 AS a, 'NaN'::DOUBLE AS x, ['inf'::DOUBLE, 0.5] AS y")
+    assert rows == [{"a": 1, "a_1": 2, "x": None, "y": [None, 0.5]}]
+    wide = opgrpo("sql", "--store", finished[0], "SELECT repeat('x', 500) AS long").stdout
+    assert "x" * 500 in wide

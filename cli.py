@@ -246,7 +246,12 @@ def _print_result(config: Path, overrides: list[str], result: Result) -> None:
         ["opgrpo", "sql", "--store", result.store, OLDEST_ENTRIES.format(mine=mine, last=last)],
         ["opgrpo", "run", str(config), "--store", result.store, *longer],
     ):
-        typer.echo(f"  {shlex.join(command)}")
+        typer.echo(f"  {' '.join(map(_quoted, command))}")
+
+
+def _quoted(word: str) -> str:
+    """The word for a shell: in double quotes where those are legible and safe, which shlex never uses."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

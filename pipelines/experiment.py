@@ -19,6 +19,7 @@ from opgrpo_data.ids import canonical_json
 from opgrpo_data.io import Directory
 from opgrpo_data.store import Store, iteration_folder
 from pipelines.config import RewardConfig, RunConfig
+from pipelines.groups import prompts_of
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt, load_prompts, thinned
 from pipelines.rewards.base import REWARDS, Reward, checked
@@ -59,11 +60,7 @@ class Experiment:
             experiment._check_prompts()
             return experiment
         prompts = load_prompts(config.prompts.source)
-        if len(prompts["train"]) < config.rollout.prompts_per_iteration:
-            raise ValueError(
-                f"rollout.prompts_per_iteration is {config.rollout.prompts_per_iteration}, but {config.prompts.source} has "
-                f"only {len(prompts['train'])} training prompts"
-            )
+        prompts_of(config, _limited(prompts, config)["train"], iteration=0)  # refuses too few before anything is made
         experiment = cls(Store.create(url), config, progress)
         paths = {
             split: experiment.store.add_prompts([{"text": p.text, "metadata": p.metadata} for p in members], split)
@@ -151,7 +148,7 @@ class Experiment:
     def prompts(self) -> dict[str, list[Prompt]]:
         """The run's prompts by split, as `init` stored them; the training split thinned to `prompts.limit`."""
         loaded = {split: self._stored_prompts(path) for split, path in self.document["prompts"].items()}
-        return loaded | {"train": thinned(loaded["train"], self.config.prompts.limit or len(loaded["train"]))}
+        return _limited(loaded, self.config)
 
     def _check_prompts(self) -> None:
         """Raise ValueError when the prompt file is still there and says something else than when the run began."""
@@ -209,6 +206,10 @@ def trained_iterations(url: str, config: RunConfig) -> int:
     if not Directory(url).exists(_run_path(config.run_id)):
         return 0
     return Experiment(Store.open(url), config, Progress(quiet=True)).iteration
+
+
+def _limited(prompts: dict[str, list[Prompt]], config: RunConfig) -> dict[str, list[Prompt]]:
+    return prompts | {"train": thinned(prompts["train"], config.prompts.limit or len(prompts["train"]))}
 
 
 def _run_path(run_id: str) -> str:

@@ -83,6 +83,12 @@ def test_prompt_file_without_training_prompts(content: str, config: Path, tmp_pa
     assert not (tmp_path / "store").exists()
 
 
+def test_fewer_prompts_than_an_iteration_takes(config: Path, tmp_path: Path) -> None:
+    said = refused("init", config, "--store", tmp_path / "store", "--set", "prompts.limit=1")
+    assert "rollout.prompts_per_iteration is 2, but there are only 1 training prompts" in said
+    assert not (tmp_path / "store").exists()
+
+
 def test_store_of_a_newer_format(config: Path, store: Path) -> None:
     (store / "store.json").write_text(json.dumps({"format": "opgrpo-store", "version": "2.0"}))
     before = snapshot(store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shlex
@@ -46,6 +47,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done,
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
 
+_REMEDIES = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ": make room and run the same command again; what was committed is kept"
+)
+
 
 @contextmanager
 def _errors() -> Iterator[None]:
@@ -54,8 +59,10 @@ def _errors() -> Iterator[None]:
 
     try:
         yield
+    except BrokenPipeError:
+        raise  # `opgrpo ... | head`: Typer ends quietly
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}{_REMEDIES.get(getattr(error, 'errno', None), '')}", err=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
 
 

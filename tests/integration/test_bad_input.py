@@ -172,7 +172,8 @@ def test_no_space_left(config: Path, tmp_path: Path) -> None:
     """Files may not grow beyond 64 KiB: the training state does not fit. With room again, the run ends as it would have."""
     store = tmp_path / "store"
     limit = (64 * 1024, 64 * 1024)
-    refused("run", config, "--store", store, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    said = refused("run", config, "--store", store, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert "make room and run the same command again" in said
     assert not list(store.rglob(".tmp-*"))
     assert opgrpo_json("sql", "--store", store, "SELECT count(*) AS n FROM trajectories") == [{"n": 8}]
     assert opgrpo_json("run", config, "--store", store)["iterations"] == 2

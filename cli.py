@@ -62,7 +62,7 @@ def _errors() -> Iterator[None]:
     except BrokenPipeError:
         raise  # `opgrpo ... | head`: Typer ends quietly
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}{_REMEDIES.get(getattr(error, 'errno', None), '')}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}{_REMEDIES.get(getattr(error, 'errno', 0), '')}", err=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
 
 

@@ -77,7 +77,7 @@ def _experiment(config: Path, store: str, overrides: list[str] | None, quiet: bo
 
 def _print_outcome(outcome: Outcome, dry_run: bool, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({**asdict(outcome), "dry_run": dry_run}))
+        typer.echo(_json({**asdict(outcome), "dry_run": dry_run}))
         return
     where = "" if outcome.iteration is None else f" iteration {outcome.iteration}"
     verb = "would do" if dry_run else "done"
@@ -87,12 +87,24 @@ def _print_outcome(outcome: Outcome, dry_run: bool, as_json: bool) -> None:
 
 
 @app.command()
-def init(config: ConfigPath, store: StoreUrl = DEFAULT_STORE, overrides: Overrides = None, as_json: Json = False) -> None:
+def init(
+    config: ConfigPath,
+    store: StoreUrl = DEFAULT_STORE,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
     """Make the store where there is none, and register the prompts, the run and its base policy in it."""
     with _errors():
+        if dry_run:
+            from pipelines.config import load_config
+
+            told = {"store": store, "run_id": load_config(config, overrides or ()).run_id}
+            typer.echo(_json(told) if as_json else f"would register run {told['run_id']} in store {told['store']}")
+            return
         experiment = _experiment(config, store, overrides, quiet=True, init=True)
         told = {"store": experiment.store.directory.url, "run_id": experiment.run_id}
-        typer.echo(json.dumps(told) if as_json else f"run {told['run_id']} is in store {told['store']}")
+        typer.echo(_json(told) if as_json else f"run {told['run_id']} is in store {told['store']}")
 
 
 def _stage(name: str, path: str, which: Callable[[Experiment, int | None], int | None], summary: str) -> None:
@@ -213,7 +225,7 @@ def sql(
 
         rows = Catalog(Store.open(store)).query(query).to_pylist()
         if as_json:
-            typer.echo(json.dumps(_plain(rows), default=str, allow_nan=False))
+            typer.echo(_json(rows))
         else:
             _print_table(rows)
 
@@ -227,11 +239,11 @@ def _run(config: Path, store: str, overrides: list[str] | None, dry_run: bool, a
 
         wanted = load_config(config, overrides or ())
         told: dict[str, Any] = estimate(wanted, trained_iterations(store, wanted))
-        typer.echo(json.dumps(told) if as_json else "\n".join(f"{name}: {value}" for name, value in told.items()))
+        typer.echo(_json(told) if as_json else "\n".join(f"{name}: {value}" for name, value in told.items()))
         return
     result = run(_experiment(config, store, overrides, quiet, init=True))
     if as_json:
-        typer.echo(json.dumps(asdict(result)))
+        typer.echo(_json(asdict(result)))
     else:
         _print_result(config, overrides or [], result)
 
@@ -272,11 +284,16 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table, markup=False)
 
 
+def _json(value: Any) -> str:
+    """One line of valid JSON."""
+    return json.dumps(_plain(value), default=str, allow_nan=False)
+
+
 def _plain(value: Any) -> Any:
     """The value with null in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

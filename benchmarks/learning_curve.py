@@ -18,7 +18,8 @@ from opgrpo_data.store import Store
 
 # Standard error of a kind's mean: of its samples, as if independent.
 QUERY = """
-SELECT run_id, iteration, coalesce(detail->>'kind', 'all') AS kind, avg(value) AS mean, count(*) AS samples,
+SELECT run_id, iteration, reward, version, num_steps, coalesce(detail->>'kind', 'all') AS kind,
+       avg(value) AS mean, count(*) AS samples,
        stddev_samp(value) / sqrt(count(*)) AS standard_error
 FROM (SELECT * FROM evals UNION ALL BY NAME SELECT * REPLACE ('{"kind": "all"}' AS detail) FROM evals)
 GROUP BY ALL ORDER BY ALL
@@ -31,20 +32,21 @@ FROM trajectories GROUP BY run_id, iteration ORDER BY ALL
 
 
 def curves(store: str, run: str | None) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """run_id -> kind -> points (iteration, minutes since the first trajectory, mean, standard_error, samples)."""
+    """Run, reward and steps -> kind -> points: iteration, minutes since the first trajectory, mean, standard_error, samples."""
     catalog = Catalog(Store.open(store))
     minutes = {(row["run_id"], row["iteration"]): row["minutes"] for row in catalog.query(SPENT).to_pylist()}
     found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in catalog.query(QUERY).to_pylist():
         if run in (None, row["run_id"]):
             spent = minutes.get((row["run_id"], row["iteration"]), 0.0)
-            found[row["run_id"]][row["kind"]].append({**row, "minutes": spent})
+            curve = f"{row['run_id']}, {row['reward']} {row['version']}, {row['num_steps']} steps"
+            found[curve][row["kind"]].append({**row, "minutes": spent})
     return found
 
 
 def print_table(run: str, kinds: dict[str, list[dict[str, Any]]]) -> None:
     """One Markdown row an evaluation, one column a kind."""
-    print(f"run {run}: held-out reward, mean ± standard error; {platform.machine()}, {os.cpu_count()} cores")
+    print(f"{run}: held-out reward, mean ± standard error; {platform.machine()}, {os.cpu_count()} cores")
     print("| iteration | minutes | " + " | ".join(kinds) + " |")
     print("| --- " * (len(kinds) + 2) + "|")
     for points in zip(*kinds.values(), strict=True):

@@ -16,7 +16,8 @@ from opgrpo_data.store import TABLES, Store
 
 # Rows a reward could not judge live beside the others but must not count as rewards.
 _VIEWS = {
-    "prompts": "SELECT * FROM {prompts}",
+    # A prompt that several imports hold is one prompt: joins must not multiply. Held out anywhere is held out.
+    "prompts": "SELECT DISTINCT ON (prompt_id) * FROM {prompts} ORDER BY prompt_id, split",
     "trajectories": "SELECT * FROM {trajectories}",
     "rewards": "SELECT * FROM {rewards} WHERE error IS NULL",
     "reward_errors": "SELECT * FROM {rewards} WHERE error IS NOT NULL",

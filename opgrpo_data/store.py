@@ -48,6 +48,11 @@ REMADE = {
     "plans": ", or remove it and run `opgrpo select` for that iteration again",
 }
 
+DOCUMENT_KEYS = {
+    "policies": {"policy_id", "created_at"},
+    "runs": {"run_id", "config", "command", "software", "created_at"},
+}
+
 
 class Store:
     """An opened store. Build it with `Store.create` or `Store.open`."""
@@ -63,7 +68,10 @@ class Store:
             if directory.list("*") and not directory.exists(MARKER):  # or another process has just made it
                 raise StoreError(f"{url} is not empty and not an opgrpo store: choose another directory")
             document = {"format": schema.FORMAT, "version": schema.SCHEMA_VERSION, "created_at": now().isoformat()}
-            directory.publish(MARKER, json.dumps(document).encode())
+            try:
+                directory.publish(MARKER, json.dumps(document).encode())
+            except OSError as error:
+                raise StoreError(f"cannot make a store at {url}: {error}; choose another directory") from error
         return cls.open(url)
 
     @classmethod
@@ -145,22 +153,17 @@ class Store:
         body = {"policy_id": policy_id, **document, "created_at": now().isoformat()}
         return self.directory.publish(f"{folder}/policy.json", json.dumps(body, indent=1).encode())
 
-    def policy_weights(self, policy_id: str) -> bytes:
-        """The weights of a policy as safetensors bytes. Raises StoreError when the store does not have them."""
-        path = f"policies/{checked_name(policy_id, 'policy_id')}/weights.safetensors"
-        try:
-            return self.directory.read(path)
-        except FileNotFoundError as error:
-            kept = sorted({name.split("/")[1] for name in self.directory.list("policies/*/weights.safetensors")})
-            raise StoreError(f"no weights of policy {policy_id!r} in this store; it keeps those of: {kept}") from error
-
     def documents(self, pattern: str) -> Iterator[dict[str, Any]]:
         """The JSON documents whose paths match a glob, in the order of their names."""
         for path in self.directory.list(pattern):
             try:
-                yield json.loads(self.directory.read(path))
+                document = json.loads(self.directory.read(path))
             except ValueError as error:
                 raise StoreError(f"{path} is not JSON ({error}): the store was damaged") from error
+            needed = DOCUMENT_KEYS[path.split("/")[0]]
+            if not isinstance(document, dict) or not needed <= set(document):
+                raise StoreError(f"{path} is no object with {sorted(needed)}: the store was damaged, restore it from a copy")
+            yield document
 
     # -- quarantine -------------------------------------------------------------------------------------------------
 

@@ -207,6 +207,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         document = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"no config file {path}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):

@@ -52,11 +52,15 @@ def evaluate(experiment: Experiment, iteration: int, dry_run: bool = False) -> O
 
 
 def evaluation_path(experiment: Experiment, iteration: int) -> str:
-    """Where the evaluation of an iteration lies: another reward, or other settings, are another evaluation."""
+    """Where the evaluation of an iteration lies."""
+    return f"{iteration_folder('evals', experiment.run_id, iteration)}/{evaluation_name(experiment)}.parquet"
+
+
+def evaluation_name(experiment: Experiment) -> str:
+    """Reward, version and settings, as part of a file name: with others it is another evaluation."""
     config, reward = experiment.config.eval, experiment.reward(experiment.config.eval_reward)
     judged = f"{checked_name(reward.name, 'reward')}.v{checked_name(reward.version, 'version')}"
-    settings = f"{config.samples}samples-{config.num_steps}steps-seed{config.seed}"
-    return f"{iteration_folder('evals', experiment.run_id, iteration)}/{judged}.{settings}.parquet"
+    return f"{judged}.{config.samples}samples-{config.num_steps}steps-seed{config.seed}"
 
 
 def gain(experiment: Experiment, first: int, second: int) -> tuple[float, float]:

@@ -61,7 +61,9 @@ class Experiment:
             return experiment
         prompts = load_prompts(config.prompts.source)
         prompts_of(config, _limited(prompts, config)["train"], iteration=0)  # refuses too few before anything is made
+        policy = _load_policy(config)  # may fail: before anything is made, too
         experiment = cls(Store.create(url), config, progress)
+        experiment.policy = policy
         paths = {
             split: experiment.store.add_prompts([{"text": p.text, "metadata": p.metadata} for p in members], split)
             for split, members in prompts.items()
@@ -96,10 +98,7 @@ class Experiment:
     @cached_property
     def policy(self) -> Policy:
         """The model, loaded on first use."""
-        from pipelines.policies.base import POLICIES
-
-        config = self.config.policy
-        return POLICIES.build(config.family, model=config.model, **config.options)
+        return _load_policy(self.config)
 
     @cached_property
     def _learner(self) -> Learner:
@@ -210,6 +209,12 @@ def trained_iterations(url: str, config: RunConfig) -> int:
 
 def _limited(prompts: dict[str, list[Prompt]], config: RunConfig) -> dict[str, list[Prompt]]:
     return prompts | {"train": thinned(prompts["train"], config.prompts.limit or len(prompts["train"]))}
+
+
+def _load_policy(config: RunConfig) -> Policy:
+    from pipelines.policies.base import POLICIES
+
+    return POLICIES.build(config.policy.family, model=config.policy.model, **config.policy.options)
 
 
 def _run_path(run_id: str) -> str:

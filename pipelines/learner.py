@@ -101,7 +101,8 @@ class Learner:
             state = weights.from_bytes(store.directory.read(path), path)
         except FileNotFoundError as error:
             raise StoreError(
-                f"run {run_id} keeps no training state of iteration {iteration}; it keeps {sorted(_kept(store, run_id))}"
+                f"run {run_id} keeps no training state of iteration {iteration}; it keeps {sorted(_kept(store, run_id))}. "
+                f"Restore it from a copy, or remove the updates of iteration {iteration - 1} and train that one again"
             ) from error
         self.reset()
         weights.copy_into(self.policy.trainable, _part(state, "weights"))

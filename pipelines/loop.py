@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from pipelines import media
 from pipelines.config import RunConfig
-from pipelines.evaluation import draw_samples, evaluate, evaluation_samples, gain, judge_samples
+from pipelines.evaluation import draw_samples, evaluate, evaluation_name, evaluation_samples, gain, judge_samples
 from pipelines.experiment import Experiment, Outcome
 from pipelines.prompts import Prompt, thinned
 from pipelines.rewards.base import Media
@@ -105,7 +105,7 @@ def estimate(config: RunConfig, trained: int) -> dict[str, Any]:
         "run_id": config.run_id,
         "algorithm": config.algorithm,
         "iterations_done": trained,
-        "iterations": missing,
+        "iterations_to_do": missing,
         "trajectories": trajectories,
         "denoising_steps": trajectories * rollout.num_steps,
         "optimizer_steps": missing * config.train.optimizer_steps,
@@ -123,7 +123,7 @@ def _tell(experiment: Experiment, outcome: Outcome) -> None:
 
 def _picture(experiment: Experiment) -> str:
     """Write the same held-out noise, denoised by the first and by the last policy, side by side; returns its path."""
-    path = f"runs/{experiment.run_id}/before_after_{experiment.config.iterations:06d}.png"
+    path = f"runs/{experiment.run_id}/before_after_{experiment.config.iterations:06d}.{evaluation_name(experiment)}.png"
     if not experiment.store.directory.exists(path):
         shown = thinned(experiment.prompts["held_out"], GRID_PROMPTS)
         columns = [

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -33,8 +32,8 @@ class Registry(Generic[T]):
                 f"or give the import path of your own as module:attribute"
             )
         try:
-            with _working_directory_importable():
-                factory = getattr(importlib.import_module(module_name), attribute)
+            _make_working_directory_importable()
+            factory = getattr(importlib.import_module(module_name), attribute)
         except Exception as error:  # users' modules fail in every way there is
             raise ValueError(f"cannot import {self.kind} {path!r}: {type(error).__name__}: {error}") from error
         try:
@@ -47,15 +46,10 @@ class Registry(Generic[T]):
         return built
 
 
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """People keep their reward beside their config: an installed script would not look there, `python -m` does."""
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
+def _make_working_directory_importable() -> None:
+    """People keep their reward beside their config: an installed script would not look there, `python -m` does.
+
+    It stays importable: the reward may import its own neighbours later. Last on the path, so that it shadows nothing.
+    """
+    if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
-    try:
-        yield
-    finally:
-        if added:
-            sys.path.remove(here)

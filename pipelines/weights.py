@@ -46,12 +46,12 @@ def from_bytes(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         loaded: dict[str, Tensor] = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{where} is damaged: {error}") from error
+        raise ValueError(f"{where} is damaged: {error}. Restore it from a copy") from error
     # The header was valid, so it is: 8 bytes of length, then that much JSON.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     expected, found = header.get("__metadata__", {}).get("digest"), _digest(loaded).hex()
     if expected != found:
-        raise ValueError(f"{where} is damaged: expected digest {expected}, found {found}")
+        raise ValueError(f"{where} is damaged: expected digest {expected}, found {found}. Restore it from a copy")
     return loaded
 
 

@@ -63,6 +63,18 @@ def test_missing_config_and_missing_store(config: Path, tmp_path: Path) -> None:
     assert "no store at" in refused("sql", "SELECT 1", "--store", tmp_path / "absent")
 
 
+def test_a_config_that_is_a_folder_and_a_store_that_is_a_file(config: Path, tmp_path: Path) -> None:
+    assert "cannot read the config file" in refused("run", tmp_path, "--store", tmp_path / "store", code=2)
+    (tmp_path / "letter.txt").write_text("dear reader")
+    assert "choose another directory" in refused("init", config, "--store", tmp_path / "letter.txt")
+
+
+def test_a_model_that_is_not_there(config: Path, tmp_path: Path) -> None:
+    said = refused("init", config, "--store", tmp_path / "store", "--set", f"policy.model={tmp_path}/absent")
+    assert "cannot load the SD3 pipeline" in said
+    assert not (tmp_path / "store").exists()
+
+
 def test_usage_error_is_exit_code_2() -> None:
     assert opgrpo("rollout", check=False).returncode == 2
     assert opgrpo("no-such-command", check=False).returncode == 2

@@ -136,7 +136,7 @@ def test_dry_run_changes_nothing(finished: Finished, config: Path, tmp_path: Pat
     longer = ("--set", "iterations=3")
     assert opgrpo_json("rollout", config, "--store", store, "--dry-run", *longer)["detail"]["trajectories"] == 8
     told = opgrpo_json("run", config, "--store", store, "--dry-run", *longer)
-    assert (told["iterations_done"], told["iterations"], told["trajectories"]) == (2, 1, 8)
+    assert (told["iterations_done"], told["iterations_to_do"], told["trajectories"]) == (2, 1, 8)
     assert sorted(store.rglob("*")) == before
 
 
@@ -205,3 +205,34 @@ def test_sql_keeps_every_column_and_is_json(finished: Finished) -> None:
     assert rows == [{"a": 1, "a_1": 2, "x": None, "y": [None, 0.5]}]
     wide = opgrpo("sql", "--store", finished[0], "SELECT repeat('x', 500) AS long").stdout
     assert "x" * 500 in wide
+
+
+def test_a_prompt_in_two_files_is_one_prompt(finished: Finished, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(finished[0], store)
+    before = opgrpo_json("sql", "--store", store, "SELECT count(*) AS n FROM trajectories JOIN prompts USING (prompt_id)")
+    Store.open(str(store)).add_prompts(
+        [{"text": row["text"], "metadata": json.loads(row["metadata"])} for row in prompts_of(store)[::-1]], "train"
+    )
+    assert len(prompts_of(store)) == 512
+    after = opgrpo_json("sql", "--store", store, "SELECT count(*) AS n FROM trajectories JOIN prompts USING (prompt_id)")
+    assert before == after == [{"n": 16}]
+
+
+def prompts_of(store: Path) -> list[dict[str, str]]:
+    """The view `prompts`."""
+    rows: list[dict[str, str]] = opgrpo_json("sql", "--store", store, "SELECT text, metadata FROM prompts")
+    return rows
+
+
+def test_init_can_be_tried(config: Path, tmp_path: Path, finished: Finished) -> None:
+    told = opgrpo_json("init", config, "--store", tmp_path / "store", "--dry-run")
+    assert told["run_id"] == finished[1]["run_id"]
+    assert not (tmp_path / "store").exists()
+
+
+def test_one_sample_has_no_known_error(finished: Finished, config: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(finished[0], store)
+    outcome = opgrpo_json("eval", config, "--store", store, "--set", "eval.samples=1")
+    assert (outcome["detail"]["samples"], outcome["detail"]["standard_error"]) == (1, None)

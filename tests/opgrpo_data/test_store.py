@@ -217,7 +217,7 @@ def test_a_table_of_something_else_is_refused(store: Store) -> None:
 
 
 def test_a_damaged_document_is_named(store: Store) -> None:
-    store.directory.publish("runs/good.json", b"{}")
+    store.add_run("good", {"config": {}, "command": [], "software": {}})
     store.directory.publish("runs/torn.json", b'{"run_id": "to')
     with pytest.raises(StoreError, match=r"runs/torn\.json is not JSON .*: the store was damaged"):
         list(store.documents("runs/*.json"))
@@ -265,7 +265,7 @@ def test_policies_are_registered_once_with_their_weights(store: Store) -> None:
     assert store.add_policy("p1", {"family": "sd3"}, b"weights of p1")
     assert not store.add_policy("p1", {"family": "another"}, b"other bytes")
     assert store.add_policy("p2", {"family": "sd3"}, None)
-    assert store.policy_weights("p1") == b"weights of p1"
+    assert store.directory.read("policies/p1/weights.safetensors") == b"weights of p1"
     assert [(d["policy_id"], d["family"]) for d in store.documents("policies/*/policy.json")] == [("p1", "sd3"), ("p2", "sd3")]
     with pytest.raises(ValueError, match=r"policy_id '\.\.' cannot be part of a path"):
         store.add_policy("..", {}, None)
@@ -277,17 +277,14 @@ def test_weights_without_their_document_are_no_policy_yet(store: Store) -> None:
         file.write(b"weights")
     assert list(store.documents("policies/*/policy.json")) == []
     assert store.add_policy("p1", {"family": "sd3"}, b"weights")
-    assert store.policy_weights("p1") == b"weights"
+    assert store.directory.read("policies/p1/weights.safetensors") == b"weights"
 
 
-def test_missing_weights_name_those_that_are_kept(store: Store) -> None:
-    store.add_policy("gone", {}, None)
-    with pytest.raises(StoreError, match=r"no weights of policy 'gone' in this store; it keeps those of: \[\]"):
-        store.policy_weights("gone")
-    for policy in ("p2", "p1"):
-        store.add_policy(policy, {}, b"w")
-    with pytest.raises(StoreError, match=r"no weights of policy 'gone' .*: \['p1', 'p2'\]"):
-        store.policy_weights("gone")
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"policy_id": "p1"}'])
+def test_a_document_that_lacks_what_it_must_have_is_named(store: Store, content: str) -> None:
+    store.directory.publish("policies/p1/policy.json", content.encode())
+    with pytest.raises(StoreError, match=r"policies/p1/policy\.json is no object with \['created_at', 'policy_id'\]"):
+        list(store.documents("policies/*/policy.json"))
 
 
 # -- quarantine ----------------------------------------------------------------------------------------------------------

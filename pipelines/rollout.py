@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -96,9 +97,6 @@ def _read_prefixes(experiment: Experiment, members: list[Member], grid: Transiti
 
 def _common_columns(experiment: Experiment, iteration: int, policy_id: str, grid: Transitions) -> dict[str, Any]:
     config, policy = experiment.config.rollout, experiment.policy
-    elements = 1
-    for size in policy.latent_shape:
-        elements *= size
     return {
         "run_id": experiment.run_id,
         "iteration": iteration,
@@ -112,7 +110,7 @@ def _common_columns(experiment: Experiment, iteration: int, policy_id: str, grid
         "transition_std": grid.std.tolist(),
         "latent_shape": list(policy.latent_shape),
         "latent_dtype": config.storage_dtype,
-        "num_elements": elements,
+        "num_elements": math.prod(policy.latent_shape),
         "created_at": now(),
         "software": json.dumps(software()),
     }

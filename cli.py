@@ -42,6 +42,9 @@ QUICKSTART = Path(__file__).parent / "pipelines" / "embedded" / "quickstart.yaml
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file, for example examples/quickstart.yaml")]
 StoreUrl = Annotated[str, typer.Option("--store", envvar="OPGRPO_STORE", help="directory or bucket prefix of the store")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a setting, for example train.lr=1e-4")]
+ImportBuffer = Annotated[
+    str | None, typer.Option(help="start from the replay buffers of another store; the same as --set replay.import_buffer=...")
+]
 Iteration = Annotated[int | None, typer.Option(min=0, help="which iteration; by default the one the run is in")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
@@ -90,11 +93,13 @@ def _print_outcome(outcome: Outcome, dry_run: bool, as_json: bool) -> None:
 def init(
     config: ConfigPath,
     store: StoreUrl = DEFAULT_STORE,
+    import_buffer: ImportBuffer = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Make the store where there is none, and register the prompts, the run and its base policy in it."""
+    overrides = _importing(overrides, import_buffer)
     with _errors():
         if dry_run:
             from pipelines.config import load_config
@@ -105,6 +110,10 @@ def init(
         experiment = _experiment(config, store, overrides, quiet=True, init=True)
         told = {"store": experiment.store.directory.url, "run_id": experiment.run_id}
         typer.echo(_json(told) if as_json else f"run {told['run_id']} is in store {told['store']}")
+
+
+def _importing(overrides: list[str] | None, import_buffer: str | None) -> list[str]:
+    return [*(overrides or ()), *([] if import_buffer is None else [f"replay.import_buffer={import_buffer}"])]
 
 
 def _stage(name: str, path: str, which: Callable[[Experiment, int | None], int | None], summary: str) -> None:
@@ -187,6 +196,7 @@ _stage(
 def run(
     config: ConfigPath,
     store: StoreUrl = DEFAULT_STORE,
+    import_buffer: ImportBuffer = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -194,7 +204,7 @@ def run(
 ) -> None:
     """All stages, all iterations, from wherever the run was left; makes the store where there is none."""
     with _errors():
-        _run(config, store, overrides, dry_run, as_json, quiet)
+        _run(config, store, _importing(overrides, import_buffer), dry_run, as_json, quiet)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from opgrpo_data.buffer import QUERIES
 from opgrpo_data.errors import StoreError
 from opgrpo_data.schema import POLICIES, RUNS, table_of
 from opgrpo_data.store import TABLES, Store
@@ -23,14 +24,18 @@ _VIEWS = {
     "reward_errors": "SELECT * FROM {rewards} WHERE error IS NOT NULL",
     "buffer": "SELECT * FROM {buffers}",
     "plans": "SELECT * FROM {plans}",
+    "densities": "SELECT * FROM {densities}",
     "updates": "SELECT * FROM {updates}",
+    "update_steps": QUERIES.joinpath("update_steps.sql").read_text(),
+    "update_summary": QUERIES.joinpath("update_summary.sql").read_text(),
     "evals": "SELECT * FROM {evals}",
     "quarantine": "SELECT * FROM {quarantine}",
 }
 
 
 class Catalog:
-    """The views prompts, policies, runs, trajectories, rewards, reward_errors, buffer, plans, updates, evals, quarantine.
+    """The views prompts, policies, runs, trajectories, rewards, reward_errors, buffer, plans, densities, updates, update_steps,
+    update_summary, evals, quarantine.
 
     They show what was committed when the catalog was opened. The connection may read the store's indexes and nothing
     else: no other file, no network, no extension, no statement but a query.
@@ -67,7 +72,10 @@ class Catalog:
         absolute = [store.directory.path(path) for path in paths]
         readable.extend(absolute)
         # The partition folders are for people: as columns, `run`, `iter` and `reward` would collide with ours.
-        return f"read_parquet([{', '.join(map(_quoted, absolute))}], union_by_name=true, hive_partitioning=false)"
+        files = f"read_parquet([{', '.join(map(_quoted, absolute))}], union_by_name=true, hive_partitioning=false)"
+        # The empty table brings the columns that files of an older minor version lack.
+        self.connection.from_arrow(TABLES[kind].schema.empty_table()).create(f"stored.{kind}")
+        return f"(SELECT * FROM stored.{kind} UNION ALL BY NAME SELECT * FROM {files})"
 
     def _lock(self, readable: list[str]) -> None:
         self.connection.execute(f"SET allowed_paths=[{', '.join(map(_quoted, readable))}]")

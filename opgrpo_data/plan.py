@@ -5,12 +5,15 @@ Everything `train` will do is decided here, from stored numbers only, and stored
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from opgrpo_data import importance
 from opgrpo_data.errors import StoreError
 from opgrpo_data.ids import derived_seed
 from opgrpo_data.schema import PLANS, conform
@@ -19,32 +22,57 @@ ADVANTAGE_DELTA = 1e-4
 
 
 @dataclass(frozen=True)
+class WeightRule:
+    """How the weight of an off-policy member is formed (docs/maths.md, section 4).
+
+    correction: sequence weighs it by exp(sum over its prefix of l_old - l_behaviour); step and none leave the weight at 1.
+    reduction: whether log w sums over the D elements of a latent (true densities) or takes their mean.
+    variance_budget: log w is damped so that its predicted variance is no more than this; None: not damped.
+    lowest, highest: the weight is cut to this range. normalised: afterwards, off-policy weights are divided by their mean.
+    """
+
+    correction: Literal["sequence", "step", "none"]
+    reduction: Literal["sum", "mean"]
+    variance_budget: float | None
+    lowest: float
+    highest: float
+    normalised: bool
+
+
+@dataclass(frozen=True)
 class PlanRule:
     """How scored groups become a plan (docs/maths.md, section 4).
 
     advantage_std: divide by the reward's standard deviation within the group, or over the whole batch.
     advantage_clip: |advantage| is cut here.
-    weight_reduction: whether log w sums over the D elements of a latent (true densities) or takes their mean.
-    weight_min, weight_max: the importance weight of a continuation is cut to this range.
-    optimizer_steps: the batch is split into so many updates; microbatch: trajectories per forward pass.
+    weight: of continuations and reused members.
+    reuse_ess: a reused member trains its longest prefix whose predicted effective sample size is at least this; 0: all of it.
+    epochs: how often the batch is gone through; optimizer_steps: updates per epoch; microbatch: trajectories per forward pass.
     window: only denoising steps k < window are trained; None trains all that have a density.
-    seed: of the shuffle that deals trajectories to optimizer steps.
+    step_fraction: each trajectory trains a random share of those steps, at least one.
+    objective: which latents training reads: clipped reads the trained steps' states, forward only the sample x_T.
+    seed: of every random choice.
     """
 
     advantage_std: Literal["group", "global"]
     advantage_clip: float
-    weight_reduction: Literal["sum", "mean"]
-    weight_min: float
-    weight_max: float
+    weight: WeightRule
+    reuse_ess: float
+    epochs: int
     optimizer_steps: int
     microbatch: int
     window: int | None
+    step_fraction: float
+    objective: Literal["clipped", "forward"]
     seed: int
 
 
-def build_plan(trajectories: pa.Table, rewards: pa.Table, excluded: set[str], rule: PlanRule) -> pa.Table:
-    """The plan (schema PLANS) over the trajectories of one iteration that have a finite reward.
+def build_plan(
+    trajectories: pa.Table, rewards: pa.Table, reused: pa.Table, excluded: set[str], *, iteration: int, rule: PlanRule
+) -> pa.Table:
+    """The plan (schema PLANS) over the trajectories of one iteration that have a finite reward, and reused ones.
 
+    reused: rows of earlier plans (schema PLANS) with old_logprob and path_variance as the present old policy sees them.
     Rows lie in the order of execution: optimizer_step, then microstep. A trajectory without a reward, or in quarantine,
     is left out; its group's advantages are made of the members that remain. Raises StoreError when none remain.
     """
@@ -59,13 +87,22 @@ def build_plan(trajectories: pa.Table, rewards: pa.Table, excluded: set[str], ru
     )
     if members.is_empty():
         raise StoreError("no trajectory of this iteration has a usable reward: see the view reward_errors")
-    planned = members.with_columns(
+    fresh = members.with_columns(
         advantage=advantages(rule).clip(-rule.advantage_clip, rule.advantage_clip),
-        importance_weight=importance_weights(members, rule),
-        train_steps=trained_steps(members, rule.window),
+        prefix_steps=pl.col("prefix_steps").fill_null(0),
         role=pl.when(pl.col("prefix_steps") > 0).then(pl.lit("continuation")).otherwise(pl.lit("fresh")),
     )
-    return conform(_deal(planned, rule).to_arrow(), PLANS)
+    rows = conform(fresh.to_arrow(), PLANS).to_pylist()
+    rows += [row for row in reused.to_pylist() if row["trajectory_id"] not in excluded]
+    for row in rows:
+        row["age"] = iteration - row["iteration"]
+        row["train_steps"] = trained_steps(row, rule)
+    rows = [row for row in rows if row["train_steps"]]
+    for row, weight in zip(rows, importance_weights(rows, rule.weight), strict=True):
+        sample = len(row["transition_std"])
+        first, last = (0, row["train_steps"][-1] + 1) if rule.objective == "clipped" else (sample, sample)
+        row |= {"importance_weight": weight, "iteration": iteration, "first_latent": first, "last_latent": last}
+    return pa.Table.from_pylist(_deal(rows, rule), schema=PLANS)
 
 
 def advantages(rule: PlanRule) -> pl.Expr:
@@ -76,37 +113,68 @@ def advantages(rule: PlanRule) -> pl.Expr:
     return centred / (spread + ADVANTAGE_DELTA)
 
 
-def importance_weights(members: pl.DataFrame, rule: PlanRule) -> pl.Series:
-    """w = exp(sum over the prefix of (l_old - l_behaviour)), clipped; 1 for fresh members (docs/maths.md, section 4).
+def off_policy_steps(row: dict[str, Any]) -> int:
+    """How many first steps of a member another policy than the old one drew, and its weight counts.
 
-    Log-probs are float64 sums over the D elements of a latent; `mean` divides them by D.
+    0 for fresh members, the prefix of a continuation, the trained prefix of a reused member (no more of that is trained).
     """
-    prefix = pl.col("prefix_steps").fill_null(0)
-    difference = pl.col("old_logprob").list.head(prefix).list.sum() - pl.col("behaviour_logprob").list.head(prefix).list.sum()
-    scale = 1 / pl.col("num_elements") if rule.weight_reduction == "mean" else pl.lit(1.0)
-    weight = (difference * scale).exp().clip(rule.weight_min, rule.weight_max)
-    chosen = pl.when(prefix > 0).then(weight).otherwise(pl.lit(1.0))
-    return members.select(chosen.alias("importance_weight")).to_series()
+    if row["role"] == "reused":
+        return len(row["path_variance"])
+    return int(row["prefix_steps"])
 
 
-def trained_steps(members: pl.DataFrame, window: int | None) -> pl.Series:
-    """Denoising steps that enter the loss: those inside the window that have a density (transition_std > 0)."""
-    steps = [
-        [k for k, std in enumerate(stds) if std > 0 and (window is None or k < window)]
-        for stds in members["transition_std"].to_list()
-    ]
-    return pl.Series("train_steps", steps, pl.List(pl.Int32))
+def importance_weights(rows: Sequence[dict[str, Any]], rule: WeightRule) -> list[float]:
+    """w = exp(sum over off-policy steps of l_old - l_behaviour), damped, cut, normalised; 1 for fresh members.
+
+    Log-probs are float64 sums over the D elements of a latent; `mean` divides log w by D.
+    """
+    weights = np.ones(len(rows))
+    stale = [i for i, row in enumerate(rows) if off_policy_steps(row) > 0]
+    if rule.correction != "sequence" or not stale:
+        return weights.tolist()
+    for i in stale:
+        row, kept = rows[i], off_policy_steps(rows[i])
+        log_w = importance.log_weight(row["old_logprob"][:kept], row["behaviour_logprob"][:kept])
+        if rule.variance_budget is not None:
+            log_w = importance.damped(log_w, sum(row["path_variance"][:kept]), rule.variance_budget)
+        if rule.reduction == "mean":
+            log_w /= row["num_elements"]
+        weights[i] = np.clip(np.exp(np.minimum(log_w, 700.0)), rule.lowest, rule.highest)
+    if rule.normalised and weights[stale].sum() > 0:
+        weights[stale] /= weights[stale].mean()
+    return weights.tolist()
 
 
-def _deal(planned: pl.DataFrame, rule: PlanRule) -> pl.DataFrame:
-    """Shuffle the batch by a hash of seed and id, then cut it into optimizer steps and microsteps of near-equal size."""
-    keys = [derived_seed(rule.seed, trajectory) for trajectory in planned["trajectory_id"]]
-    count = len(keys)
-    shuffled = planned.with_columns(pl.Series("key", keys)).sort("key", "trajectory_id").drop("key")
-    steps = [position * rule.optimizer_steps // count for position in range(count)]
-    dealt = shuffled.with_columns(
-        pl.Series("optimizer_step", steps, pl.Int32),
-        rank=pl.lit(0, pl.Int32),
-    )
-    within = pl.int_range(pl.len()).over("optimizer_step")
-    return dealt.with_columns(microstep=(within // rule.microbatch).cast(pl.Int32))
+def trained_steps(row: dict[str, Any], rule: PlanRule) -> list[int]:
+    """Denoising steps that enter the loss: inside the window, with a density (transition_std > 0), and for a reused member
+    inside its longest trustworthy prefix, which `path_variance` is cut to here."""
+    last = len(row["transition_std"]) if rule.window is None else rule.window
+    if row["role"] == "reused":
+        kept = min(importance.longest_prefix(row["path_variance"], rule.reuse_ess), last)
+        row["path_variance"] = row["path_variance"][:kept]
+        last = kept
+    steps = [k for k, std in enumerate(row["transition_std"]) if std > 0 and k < last]
+    if rule.step_fraction == 1 or not steps:
+        return steps
+    count = max(1, round(rule.step_fraction * len(steps)))
+    order = np.random.default_rng(derived_seed(rule.seed, "steps", row["trajectory_id"])).permutation(len(steps))
+    return sorted(steps[i] for i in order[:count])
+
+
+def _deal(rows: Sequence[dict[str, Any]], rule: PlanRule) -> list[dict[str, Any]]:
+    """Per epoch: shuffle by a hash of seed and id, then cut into optimizer steps and microsteps of near-equal size.
+
+    Members with an advantage are dealt evenly over the optimizer steps, and so are those without: no step goes empty.
+    """
+    dealt = []
+    for epoch in range(rule.epochs):
+        seed = rule.seed if epoch == 0 else derived_seed(rule.seed, "epoch", epoch)
+        shuffled = sorted(rows, key=lambda row: (derived_seed(seed, row["trajectory_id"]), row["trajectory_id"]))
+        live = [row for row in shuffled if row["advantage"] != 0]
+        order = live + [row for row in shuffled if row["advantage"] == 0]
+        steps: list[list[dict[str, Any]]] = [order[first :: rule.optimizer_steps] for first in range(rule.optimizer_steps)]
+        for number, members in enumerate(steps):
+            for position, row in enumerate(members):
+                place = {"optimizer_step": epoch * rule.optimizer_steps + number, "microstep": position // rule.microbatch}
+                dealt.append(row | place | {"rank": 0})
+    return dealt

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from opgrpo_data.errors import StoreError
 
 FORMAT = "opgrpo-store"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 _FLOATS = pa.list_(pa.float64())
 _INTS = pa.list_(pa.int64())
@@ -122,6 +122,8 @@ BUFFERS = pa.unify_schemas(
                 ("decayed_reward", pa.float64()),
                 ("born_iteration", pa.int64()),
                 ("age", pa.int64()),
+                ("fresh_mean", pa.float64()),
+                ("fresh_std", pa.float64()),
             ]
         ),
         _REPLAYABLE,
@@ -145,9 +147,27 @@ PLANS = pa.unify_schemas(
                 ("advantage", pa.float64()),
                 ("importance_weight", pa.float64()),
                 ("train_steps", pa.list_(pa.int32())),
+                ("first_latent", pa.int32()),
+                ("last_latent", pa.int32()),
+                ("age", pa.int64()),
+                ("prefix_steps", pa.int32()),
+                ("path_variance", _FLOATS),
+                ("transition_std", _FLOATS),
+                ("num_elements", pa.int64()),
             ]
         ),
         _REPLAYABLE,
+    ]
+)
+
+# What the old policy of an iteration thinks of trajectories that earlier iterations drew (group reuse).
+DENSITIES = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("iteration", pa.int64()),
+        ("trajectory_id", pa.string()),
+        ("old_logprob", _FLOATS),
+        ("path_variance", _FLOATS),
     ]
 )
 
@@ -158,9 +178,14 @@ UPDATES = pa.schema(
         ("new_policy_id", pa.string()),
         ("optimizer_step", pa.int32()),
         ("trajectory_id", pa.string()),
+        ("group_id", pa.string()),
         ("role", pa.string()),
+        ("age", pa.int64()),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
         ("loss", pa.float64()),
         ("train_steps", pa.list_(pa.int32())),
+        ("path_variance", _FLOATS),
         ("ratio", _FLOATS),
         ("clipped", pa.list_(pa.bool_())),
         ("kl", _FLOATS),

@@ -35,6 +35,7 @@ TABLES: Mapping[str, TableKind] = {
     "rewards": TableKind("rewards/reward=*/run=*/iter=*/*.parquet", schema.REWARDS),
     "buffers": TableKind("buffers/run=*/iter=*.parquet", schema.BUFFERS),
     "plans": TableKind("plans/run=*/iter=*.parquet", schema.PLANS),
+    "densities": TableKind("densities/run=*/iter=*.parquet", schema.DENSITIES),
     "updates": TableKind("updates/run=*/iter=*.parquet", schema.UPDATES),
     "evals": TableKind("evals/run=*/iter=*/*.parquet", schema.EVALS),
     "quarantine": TableKind("quarantine/*.parquet", schema.QUARANTINE),
@@ -46,6 +47,7 @@ REMADE = {
     "rewards": ", or remove it and run `opgrpo score` again",
     "buffers": ", or remove it and run `opgrpo select` for that iteration again",
     "plans": ", or remove it and run `opgrpo select` for that iteration again",
+    "densities": ", or remove it and run `opgrpo rollout` for that iteration again",
 }
 
 DOCUMENT_KEYS = {

@@ -24,7 +24,7 @@ class Batch:
     """One microstep of a plan.
 
     rows: the plan's rows, without those whose bytes are damaged.
-    latents: per row the latents from x_0 to the one after its last trained step, (K+1, *latent_shape), storage dtype.
+    latents: per row the latents that its plan row names, first_latent .. last_latent, (n, *latent_shape), storage dtype.
     damaged: (trajectory_id, what was found) of rows left out.
     """
 
@@ -38,7 +38,7 @@ class Batch:
 def stream(directory: Directory, plan: pa.Table, rank: int = 0) -> Iterator[Batch]:
     """Batches of one rank in the plan's order. Errors of the reader thread are raised here, in the consumer.
 
-    Only the bytes that training needs are read: latents up to the last trained step's successor.
+    Only the bytes that training needs are read.
     """
     mine = plan.filter(pc.equal(plan["rank"], rank))
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=PREFETCHED_BATCHES)
@@ -84,7 +84,7 @@ def _batches(directory: Directory, plan: pa.Table) -> Iterator[Batch]:
         damaged: list[tuple[str, CorruptionError]] = []
         for row in (row for row, its in zip(rows, keys, strict=True) if its == key):
             try:
-                latents.append(read_latents(directory, LatentLocation.of(row), 0, max(row["train_steps"]) + 1))
+                latents.append(read_latents(directory, LatentLocation.of(row), row["first_latent"], row["last_latent"]))
                 kept.append(row)
             except CorruptionError as error:
                 damaged.append((row["trajectory_id"], error))

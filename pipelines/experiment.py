@@ -18,11 +18,13 @@ from opgrpo_data.errors import StoreError
 from opgrpo_data.ids import canonical_json
 from opgrpo_data.io import Directory
 from opgrpo_data.store import Store, iteration_folder
-from pipelines.config import RewardConfig, RunConfig
+from pipelines.config import RunConfig
 from pipelines.groups import prompts_of
+from pipelines.imports import import_buffer
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt, load_prompts, thinned
 from pipelines.rewards.base import REWARDS, Reward, checked
+from pipelines.settings import RewardConfig
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `select` and `score` do without
     from pipelines.learner import Learner
@@ -60,7 +62,7 @@ class Experiment:
             experiment._check_prompts()
             return experiment
         prompts = load_prompts(config.prompts.source)
-        prompts_of(config, _limited(prompts, config)["train"], iteration=0)  # refuses too few before anything is made
+        prompts_of(config, _limited(prompts, config)["train"], 0, {})  # refuses too few before anything is made
         policy = _load_policy(config)  # may fail: before anything is made, too
         experiment = cls(Store.create(url), config, progress)
         experiment.policy = policy
@@ -71,6 +73,8 @@ class Experiment:
         base_id = experiment.learner(0).policy_id
         experiment.register_policy(base_id, None, iteration=0, kind="base", weights=None)
         document = {"config": config.model_dump(mode="json"), "base_policy_id": base_id, "prompts": paths}
+        if config.replay.import_buffer is not None:
+            document["imported_buffer"] = import_buffer(experiment.store, config, _limited(prompts, config)["train"])
         experiment.store.add_run(experiment.run_id, document | {"command": sys.argv, "software": software()})
         return experiment
 
@@ -139,6 +143,13 @@ class Experiment:
         """The iteration the run is in: the first that is not trained to the end."""
         trained = set(self.store.files("updates", run=self.run_id))
         return next(i for i in itertools.count() if self._updates_path(i) not in trained)
+
+    def buffer_path(self, iteration: int) -> str | None:
+        """Where the buffer after `iteration` lies; before the first it is the imported one, if there is one."""
+        if iteration >= 0:
+            return f"{iteration_folder('buffers', self.run_id, iteration)}.parquet"
+        imported: str | None = self.document.get("imported_buffer")
+        return imported
 
     def _updates_path(self, iteration: int) -> str:
         return f"{iteration_folder('updates', self.run_id, iteration)}.parquet"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from opgrpo_data.errors import StoreError
 from opgrpo_data.store import Store, iteration_folder
 from pipelines import weights
-from pipelines.config import TrainConfig
 from pipelines.policies.base import Policy
+from pipelines.settings import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -54,6 +54,10 @@ class Learner:
         module = copy.deepcopy(self.policy.trainable)
         weights.copy_into(module, self.base)
         return module.requires_grad_(False)
+
+    def remember_old(self) -> None:
+        """Keep the weights as they are now as `old`: the old policy, frozen while the current one moves."""
+        self.old = copy.deepcopy(self.policy.trainable).requires_grad_(False)
 
     @property
     def policy_id(self) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from opgrpo_data.ids import derived_seed
 
-Sampler = Literal["flow_sde", "flow_cps", "dance_sde", "ode"]
+Sampler = Literal["flow_sde", "flow_cps", "dance_sde", "wan_sde", "ode"]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(latents (N, *latent_shape) float32, sigmas (N,) float64) -> velocity (N, *latent_shape) float32."""
 
@@ -55,7 +55,8 @@ def transitions(sampler: Sampler, sigmas: Sequence[float] | NDArray[np.float64],
 
     flow_sde (arXiv 2505.05470): g = a sqrt(sigma / (1 - sigma)), sigma_1 in the denominator at sigma = 1.
     dance_sde (arXiv 2505.07818): g = a, constant.
-    Both: m = x - d [v + g^2 / (2 sigma) (x + (1 - sigma) v)], s = g sqrt(d), d = sigma - sigma'.
+    wan_sde (Flow-GRPO's code for Wan): g = a sigma_1 sigma; there a is 1.
+    All three: m = x - d [v + g^2 / (2 sigma) (x + (1 - sigma) v)], s = g sqrt(d), d = sigma - sigma'.
     flow_cps (arXiv 2509.05952): m = (1 - sigma') x0_hat + sqrt(sigma'^2 - s^2) eps_hat, s = sigma' sin(a pi / 2).
     ode: m = x - d v, s = 0.
     Raises ValueError on a grid that does not decrease to 0.
@@ -80,6 +81,8 @@ def _diffusion_coef(sampler: Sampler, grid: NDArray[np.float64], noise_level: fl
         return np.zeros_like(sigma)
     if sampler == "dance_sde":
         return np.full_like(sigma, noise_level)
+    if sampler == "wan_sde":
+        return np.asarray(noise_level * grid[1] * sigma)
     denominator = 1 - np.where(sigma == 1, grid[1], sigma)
     return np.asarray(noise_level * np.sqrt(sigma / denominator))
 
@@ -173,4 +176,5 @@ def draw(velocity: Velocity, start: Tensor, grid: Transitions, seeds: Sequence[i
         )
         latents = following
         states.append(latents)
-    return Path(torch.stack(states, 1), torch.stack(logprobs, 1))
+    drawn = torch.stack(logprobs, 1) if logprobs else torch.zeros(len(start), 0, dtype=torch.float64, device=start.device)
+    return Path(torch.stack(states, 1), drawn)

@@ -7,6 +7,7 @@ from opgrpo_data.errors import StoreError
 from opgrpo_data.plan import build_plan
 from opgrpo_data.store import iteration_folder
 from pipelines.experiment import Experiment, Outcome
+from pipelines.reuse import reused_rows
 from pipelines.score import reward_files
 
 
@@ -25,11 +26,12 @@ def select(experiment: Experiment, iteration: int, dry_run: bool = False) -> Out
     _check_complete(experiment, iteration, trajectories.num_rows, len(set(rewards["trajectory_id"].to_pylist())))
     rewards = rewards.filter(rewards["error"].is_null())
     damaged = store.quarantined()
-    plan = build_plan(trajectories, rewards, damaged, config.plan_rule(iteration))
-    paths = store.files("buffers", run=experiment.run_id, iteration=iteration - 1)
+    reused = reused_rows(experiment, iteration)
+    plan = build_plan(trajectories, rewards, reused, damaged, iteration=iteration, rule=config.plan_rule(iteration))
+    before = experiment.buffer_path(iteration - 1)
     replayable = trajectories if config.algorithm == "op_grpo" else trajectories.slice(0, 0)
     snapshot = buffer.select(
-        store.read_tables("buffers", paths),
+        store.read_tables("buffers", [before] if before is not None else []),
         buffer.candidates(replayable, rewards),
         damaged,
         run_id=experiment.run_id,

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opgrpo_data.errors import StoreError
-from opgrpo_data.ids import canonical_json
 from opgrpo_data.schema import UPDATES, table_of
 from opgrpo_data.store import iteration_folder
 from opgrpo_data.stream import Batch, stream
-from pipelines import objective, sampler
-from pipelines.config import TrainConfig
 from pipelines.experiment import Experiment, Outcome
+from pipelines.forward import forward_loss
 from pipelines.learner import Learner
-from pipelines.policies.base import Policy
-from pipelines.trajectories import to_tensor
+from pipelines.loss import clipped_loss
 
 Rows = list[dict[str, Any]]
+
+OBJECTIVES = {"clipped": clipped_loss, "forward": forward_loss}
+
+# What `updates` repeats of a plan's row, so that one table says what training did and why.
+TOLD = ("trajectory_id", "group_id", "role", "age", "reward", "advantage", "importance_weight", "train_steps")
 
 
 def train(experiment: Experiment, iteration: int, dry_run: bool = False) -> Outcome:
@@ -43,6 +44,8 @@ def train(experiment: Experiment, iteration: int, dry_run: bool = False) -> Outc
         return Outcome("train", iteration, 1, 0, {"trajectories": plan.num_rows})
     learner = experiment.learner(iteration)
     old_id = learner.policy_id
+    if experiment.config.train.ratio_norm or experiment.config.train.objective == "forward":
+        learner.remember_old()
     learner.iteration = None  # until the new state is whole
     updates = _run_plan(experiment, learner, plan)
     if not updates:
@@ -88,123 +91,17 @@ def _accumulate(experiment: Experiment, learner: Learner, batch: Batch, planned:
     config = experiment.config.train
     # A row without advantage has no policy gradient: with no KL term its forward pass would be wasted.
     moving = [i for i, row in enumerate(batch.rows) if row["advantage"] != 0 or config.kl_beta > 0]
-    pairs = _pairs([batch.rows[i] for i in moving], [batch.latents[i] for i in moving], experiment)
     outcomes: dict[str, dict[str, Any]] = {}
-    if pairs is not None:
-        terms = _terms(learner, pairs, config)
-        torch.autograd.backward(terms.loss.sum() / planned)
-        outcomes = _report(pairs, terms)
+    if moving:
+        loss_of = OBJECTIVES[config.objective]
+        loss, outcomes = loss_of(experiment, learner, [batch.rows[i] for i in moving], [batch.latents[i] for i in moving])
+        torch.autograd.backward(loss / planned)
     for row in batch.rows:
-        told = {name: row[name] for name in ("trajectory_id", "role", "importance_weight", "train_steps")}
-        yield told | outcomes.get(row["trajectory_id"], {"loss": 0.0, "ratio": [], "clipped": [], "kl": []})
+        told = {name: row[name] for name in TOLD} | {"path_variance": _variance_of_trained(row)}
+        yield told | {"loss": 0.0, "ratio": [], "clipped": [], "kl": []} | outcomes.get(row["trajectory_id"], {})
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """N (trajectory, step) pairs of M rows. row, steps: (N,) int64; latents, following: (N, *latent_shape) float32."""
-
-    rows: Rows
-    texts: list[str]
-    grid: sampler.Transitions
-    row: Tensor
-    steps: Tensor
-    latents: Tensor
-    following: Tensor
-
-    def per_row(self, name: str) -> Tensor:
-        """A column of the plan, per pair: (N,) float64."""
-        return torch.tensor([row[name] for row in self.rows], dtype=torch.float64, device=self.steps.device)[self.row]
-
-
-def _pairs(rows: Rows, stored: list[Any], experiment: Experiment) -> Pairs | None:
-    if not rows:
-        return None
-    policy, first = experiment.policy, rows[0]
-    if tuple(first["latent_shape"]) != policy.latent_shape:
-        raise StoreError(
-            f"trajectory {first['trajectory_id']} has latents of shape {tuple(first['latent_shape'])}, the policy "
-            f"{policy.base_model!r} works on {policy.latent_shape}: this store belongs to another model"
-        )
-    kinds = {canonical_json([row[name] for name in ("sampler", "sigmas", "noise_level", "latent_shape")]) for row in rows}
-    if len(kinds) > 1:
-        raise StoreError(f"one microstep of the plan mixes trajectories of {len(kinds)} samplers, sigma grids or shapes")
-    latents = [to_tensor(array, row["latent_dtype"]) for array, row in zip(stored, rows, strict=True)]
-    where = [(i, k) for i, row in enumerate(rows) for k in row["train_steps"]]
-    return Pairs(
-        rows=rows,
-        texts=[experiment.prompt_of[rows[i]["prompt_id"]].text for i, _ in where],
-        grid=sampler.transitions(first["sampler"], first["sigmas"], first["noise_level"]),
-        row=torch.tensor([i for i, _ in where], device=policy.device),
-        steps=torch.tensor([k for _, k in where], device=policy.device),
-        latents=torch.stack([latents[i][k] for i, k in where]).to(policy.device),
-        following=torch.stack([latents[i][k + 1] for i, k in where]).to(policy.device),
-    )
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Per pair, (N,): weighted loss (differentiable), ratio, whether the clip stopped it, KL to the reference."""
-
-    loss: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    kl: Tensor
-
-
-def _terms(learner: Learner, pairs: Pairs, config: TrainConfig) -> Terms:
-    """The objective (docs/maths.md, section 4) of every pair, already divided by |S_i|: summed over pairs, then divided by
-    the number of trajectories, it is the loss L."""
-    policy, steps = learner.policy, pairs.steps
-    sigmas = torch.as_tensor(pairs.grid.sigmas, device=steps.device)[steps]
-    condition = policy.encode(pairs.texts)
-    velocity = policy.velocity(pairs.latents, sigmas, condition)
-    current = sampler.log_density(pairs.grid, steps, pairs.latents, pairs.following, velocity)
-    old = torch.tensor(
-        [pairs.rows[i]["old_logprob"][k] for i, k in zip(pairs.row.tolist(), steps.tolist(), strict=True)],
-        dtype=torch.float64,
-        device=steps.device,
-    )
-    elements = pairs.latents[0].numel()
-    ratio = objective.log_ratio(current, old, elements, config.ratio_reduction).exp()
-    advantage = pairs.per_row("advantage")
-    surrogate = objective.clipped_surrogate(ratio, advantage, config.clip_low, config.clip_high)
-    loss = pairs.per_row("importance_weight") * surrogate
-    kl = torch.zeros_like(ratio)
-    if config.kl_beta > 0:
-        kl = _kl(policy, learner, pairs, sigmas, velocity, config)
-        loss = loss + config.kl_beta * kl
-    clipped = objective.is_clipped(ratio, advantage, config.clip_low, config.clip_high)
-    return Terms(loss * _step_weights(pairs, config), ratio, clipped, kl)
-
-
-def _kl(policy: Policy, learner: Learner, pairs: Pairs, sigmas: Tensor, velocity: Tensor, config: TrainConfig) -> Tensor:
-    with torch.no_grad():
-        reference = policy.velocity(pairs.latents, sigmas, policy.encode(pairs.texts), learner.reference)
-    std = torch.as_tensor(pairs.grid.std, device=sigmas.device)[pairs.steps]
-    ours = sampler.offset(pairs.grid, pairs.steps, pairs.latents, velocity)
-    theirs = sampler.offset(pairs.grid, pairs.steps, pairs.latents, reference)
-    return objective.gaussian_kl(ours, theirs, std, config.ratio_reduction)
-
-
-def _step_weights(pairs: Pairs, config: TrainConfig) -> Tensor:
-    """Weight of each pair's step within its trajectory, (N,) float64: they sum to 1 over the steps S_i of a row."""
-    if config.step_weight == "uniform":
-        weight = torch.ones_like(pairs.steps, dtype=torch.float64)
-    else:
-        weight = torch.as_tensor(pairs.grid.std, device=pairs.steps.device)[pairs.steps]
-    totals = torch.zeros(len(pairs.rows), dtype=torch.float64, device=weight.device).index_add_(0, pairs.row, weight)
-    return weight / totals[pairs.row]
-
-
-def _report(pairs: Pairs, terms: Terms) -> dict[str, dict[str, Any]]:
-    """What the update did with each trajectory: its loss, and ratio, clip and KL per trained step."""
-    report: dict[str, dict[str, Any]] = {}
-    for i, row in enumerate(pairs.rows):
-        mine = pairs.row == i
-        report[row["trajectory_id"]] = {
-            "loss": float(terms.loss.detach()[mine].sum()),
-            "ratio": terms.ratio.detach()[mine].tolist(),
-            "clipped": terms.clipped[mine].tolist(),
-            "kl": terms.kl.detach()[mine].tolist(),
-        }
-    return report
+def _variance_of_trained(row: dict[str, Any]) -> list[float]:
+    """lambda of each trained step, 0 where the old policy drew it."""
+    known = row["path_variance"] or []
+    return [known[k] if k < len(known) else 0.0 for k in row["train_steps"]]

@@ -17,10 +17,10 @@ from torch import Tensor
 from opgrpo_data.io import Directory
 from opgrpo_data.shards import LatentLocation, Record, read_latents
 from pipelines import media, sampler
-from pipelines.config import RolloutConfig
 from pipelines.groups import Member
 from pipelines.policies.base import Policy
 from pipelines.sampler import Transitions
+from pipelines.settings import RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,40 @@ def draw_fresh(policy: Policy, members: Sequence[Member], grid: Transitions, dty
     return Drawn(0, path.latents, path.logprob, path.logprob, path.logprob[:, :0], seeds)
 
 
-def draw_continuations(policy: Policy, members: Sequence[Member], prefix: Tensor, grid: Transitions, dtype: str) -> Drawn:
-    """Continuations of replayed prefixes x_0..x_K, (B, K+1, *latent_shape): the old policy samples the tail from x_K.
+@dataclass(frozen=True)
+class Stored:
+    """B stored trajectories to be judged by the policy as it is, or continued.
 
-    The old policy's log-probs on the prefix need no sequential sampling: all B K transitions are one batch. The prefix
-    keeps the densities of whoever drew it, also when the parent was a continuation itself.
+    states: (B, K+1, *latent_shape) float32, x_0..x_K. behaviour_logprob, noise_seeds: B x at least K, as stored.
     """
+
+    texts: Sequence[str]
+    states: Tensor
+    behaviour_logprob: Sequence[Sequence[float]]
+    noise_seeds: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Densities:
+    """What the policy as it is thinks of K transitions of B stored trajectories; 0 where a step has no density.
+
+    logprob: (B, K) float64, summed over elements. path_variance: (B, K) float64, lambda_k.
+    """
+
+    logprob: Tensor
+    path_variance: Tensor
+
+
+def draw_continuations(
+    policy: Policy, members: Sequence[Member], stored: Stored, densities: Densities, grid: Transitions, dtype: str
+) -> Drawn:
+    """Continuations of replayed prefixes x_0..x_K: the old policy samples the tail from x_K (none is left when K = T).
+
+    The prefix keeps the densities of whoever drew it, also when the parent was a continuation itself.
+    """
+    prefix = stored.states
     kept = prefix.shape[1] - 1
-    parents = [member.parent for member in members if member.parent is not None]
-    texts = [member.prompt.text for member in members]
-    old_prefix, variance = _evaluate_prefix(policy, texts, parents, prefix, grid)
-    condition = policy.encode(texts)
+    condition = policy.encode(stored.texts)
     tail = sampler.draw(
         lambda x, sigma: policy.velocity(x, sigma, condition),
         prefix[:, -1],
@@ -75,45 +98,46 @@ def draw_continuations(policy: Policy, members: Sequence[Member], prefix: Tensor
         dtype,
         first_step=kept,
     )
-    behaviour = torch.tensor([list(parent["behaviour_logprob"][:kept]) for parent in parents], dtype=torch.float64)
+    behaviour = torch.tensor([row[:kept] for row in stored.behaviour_logprob], dtype=torch.float64, device=prefix.device)
     return Drawn(
         prefix_steps=kept,
         latents=torch.cat([prefix, tail.latents[:, 1:]], 1),
-        behaviour_logprob=torch.cat([behaviour.to(prefix.device), tail.logprob], 1),
-        old_logprob=torch.cat([old_prefix, tail.logprob], 1),
-        path_variance=variance,
+        behaviour_logprob=torch.cat([behaviour, tail.logprob], 1),
+        old_logprob=torch.cat([densities.logprob, tail.logprob], 1),
+        path_variance=densities.path_variance,
         noise_seeds=[
-            [*parent["noise_seeds"][:kept], *[member.seed] * (grid.num_steps - kept)]
-            for member, parent in zip(members, parents, strict=True)
+            [*seeds[:kept], *[member.seed] * (grid.num_steps - kept)]
+            for member, seeds in zip(members, stored.noise_seeds, strict=True)
         ],
     )
 
 
 @torch.no_grad()
-def _evaluate_prefix(
-    policy: Policy, texts: Sequence[str], parents: Sequence[Mapping[str, Any]], prefix: Tensor, grid: Transitions
-) -> tuple[Tensor, Tensor]:
-    """Old log-prob and path variance of B K prefix transitions, each (B, K) float64; 0 where a step has no density."""
-    count, kept = prefix.shape[0], prefix.shape[1] - 1
+def evaluate(policy: Policy, stored: Stored, grid: Transitions) -> Densities:
+    """Log-prob and path variance of B K stored transitions under the policy as it is.
+
+    That needs no sequential sampling: all states are known, so the transitions are one batch.
+    """
+    states = stored.states
+    count, kept = states.shape[0], states.shape[1] - 1
     density = [k for k in range(kept) if grid.std[k] > 0]
     pairs = [(row, k) for row in range(count) for k in density]
-    logprob = torch.zeros(count, kept, dtype=torch.float64, device=prefix.device)
+    logprob = torch.zeros(count, kept, dtype=torch.float64, device=states.device)
     variance = torch.zeros_like(logprob)
-    rows = torch.tensor([row for row, _ in pairs], device=prefix.device)
-    steps = torch.tensor([k for _, k in pairs], device=prefix.device)
-    latents, following = prefix[rows, steps], prefix[rows, steps + 1]
-    sigmas = torch.as_tensor(grid.sigmas, device=prefix.device)[steps]
-    velocity = policy.velocity(latents, sigmas, policy.encode([texts[row] for row, _ in pairs]))
-    shape = prefix.shape[2:]
-    drawn = torch.stack([sampler.noise(parents[row]["noise_seeds"][k], k, shape) for row, k in pairs])
+    rows = torch.tensor([row for row, _ in pairs], device=states.device, dtype=torch.int64)
+    steps = torch.tensor([k for _, k in pairs], device=states.device, dtype=torch.int64)
+    latents, following = states[rows, steps], states[rows, steps + 1]
+    sigmas = torch.as_tensor(grid.sigmas, device=states.device)[steps]
+    velocity = policy.velocity(latents, sigmas, policy.encode([stored.texts[row] for row, _ in pairs]))
+    drawn = torch.stack([sampler.noise(stored.noise_seeds[row][k], k, states.shape[2:]) for row, k in pairs])
     logprob[rows, steps] = sampler.log_density(grid, steps, latents, following, velocity)
-    variance[rows, steps] = sampler.path_variance(grid, steps, latents, following, velocity, drawn.to(prefix.device))
-    return logprob, variance
+    variance[rows, steps] = sampler.path_variance(grid, steps, latents, following, velocity, drawn.to(states.device))
+    return Densities(logprob, variance)
 
 
-def read_prefix(directory: Directory, parent: Mapping[str, Any], prefix_steps: int) -> Tensor:
-    """Latents x_0..x_K of a buffer entry, (K+1, *latent_shape) float32. Raises CorruptionError."""
-    location = LatentLocation.of(parent)
+def read_prefix(directory: Directory, row: Mapping[str, Any], prefix_steps: int) -> Tensor:
+    """Latents x_0..x_K of a buffer entry or plan row, (K+1, *latent_shape) float32. Raises CorruptionError."""
+    location = LatentLocation.of(row)
     return to_tensor(read_latents(directory, location, 0, prefix_steps), location.dtype)
 
 

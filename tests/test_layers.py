@@ -76,7 +76,19 @@ def test_the_command_line_imports_lazily() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.py", "registry.py", "prompts.py", "groups.py", "experiment.py", "score.py", "selection.py"]
+    "name",
+    [
+        "settings.py",
+        "config.py",
+        "registry.py",
+        "prompts.py",
+        "groups.py",
+        "experiment.py",
+        "imports.py",
+        "score.py",
+        "reuse.py",
+        "selection.py",
+    ],
 )
 def test_stages_that_need_no_model_do_not_import_one(name: str) -> None:
     assert not _imported_at_once(ROOT / "pipelines" / name) & HEAVY

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ NOISE = 0.15
 """Std of the noise on the latents in training: the decoder must forgive the denoiser's small errors."""
 PEAK_LR = 8e-3
 MAX_OBJECTS = 5
+Draw = Callable[[int, np.random.Generator], NDArray[np.uint8]]
+"""Draws so many pictures (B, H, W, 3) of a world."""
 _OBJECTS = list(itertools.product(scenes.SHAPES, scenes.COLOURS))
 
 
@@ -81,16 +84,20 @@ def random_scenes(count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     return scenes.batch(drawn)
 
 
+def cell_pictures() -> NDArray[np.uint8]:
+    """Pictures (B, H, W, 3) whose top left cell holds each object once, and as often nothing."""
+    objects = [scenes.Scene((o,), ((0, 0),)) for o in _OBJECTS]
+    return scenes.batch([*objects, *[scenes.Scene((), ())] * len(_OBJECTS)])
+
+
 class PatchCode:
-    """A linear code of single cells: principal components of the patches that the renderer can draw.
+    """A linear code of single cells: principal components of the patches in the top left cells of `pictures`.
 
     It teaches the autoencoder's latent space: every latent cell describes its own 8x8 pixels and no others, which
     a denoiser of width 64 learns far better than a space that the autoencoder finds by itself.
     """
 
-    def __init__(self) -> None:
-        objects = [scenes.Scene((o,), ((0, 0),)) for o in _OBJECTS]
-        pictures = scenes.batch([*objects, *[scenes.Scene((), ())] * len(_OBJECTS)])
+    def __init__(self, pictures: NDArray[np.uint8]) -> None:
         patches = self._patches(pictures)[:, 0, 0]
         self.mean = patches.mean(0)
         _, strength, axes = np.linalg.svd(patches - self.mean, full_matrices=False)
@@ -110,19 +117,27 @@ class PatchCode:
         return torch.from_numpy(np.ascontiguousarray(codes.transpose(0, 3, 1, 2), dtype=np.float32))
 
 
-def train(steps: int, seed: int, device: torch.device, batch_size: int = 64) -> tuple[AutoencoderKL, list[dict[str, float]]]:
+def train(
+    steps: int,
+    seed: int,
+    device: torch.device,
+    batch_size: int = 64,
+    draw: Draw = random_scenes,
+    cells: NDArray[np.uint8] | None = None,
+) -> tuple[AutoencoderKL, list[dict[str, float]]]:
     """Train from nothing; returns the autoencoder in eval mode, and the log (step, seconds, reconstruction, encoding).
 
-    The decoder learns to draw from `PatchCode` plus noise, the encoder to find that code.
+    The decoder learns to draw from `PatchCode` of `cells` (by default `cell_pictures()`) plus noise, the encoder to find
+    that code. draw: what the pictures to learn on come from.
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    vae, code = build().to(device), PatchCode()
+    vae, code = build().to(device), PatchCode(cell_pictures() if cells is None else cells)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.1)
     start, log = time.monotonic(), []
     for step in range(steps):
-        pictures = random_scenes(batch_size, rng)
+        pictures = draw(batch_size, rng)
         images, target = to_tensor(pictures, device), code(pictures).to(device)
         reconstruction = functional.mse_loss(vae.decode(target + NOISE * torch.randn_like(target)).sample, images)
         posterior = vae.encode(images).latent_dist
@@ -138,12 +153,12 @@ def train(steps: int, seed: int, device: torch.device, batch_size: int = 64) -> 
             log.append({"step": step + 1, "seconds": round(time.monotonic() - start, 1), **record})
             print(f"autoencoder {log[-1]}", flush=True)
     vae.eval()
-    _normalise(vae, rng)
+    _normalise(vae, draw(4096, rng))
     return vae, log
 
 
-def _normalise(vae: AutoencoderKL, rng: np.random.Generator) -> None:
-    """Set shift_factor and scaling_factor so that the latents of random scenes have mean 0 and variance 1 overall."""
+def _normalise(vae: AutoencoderKL, pictures: NDArray[np.uint8]) -> None:
+    """Set shift_factor and scaling_factor so that the latents of the pictures have mean 0 and variance 1 overall."""
     vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
-    latents = encode(vae, random_scenes(4096, rng))
+    latents = encode(vae, pictures)
     vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))

@@ -56,9 +56,9 @@ class Pairs:
     ids: Tensor
 
 
-def build(device: torch.device) -> Models:
-    """Untrained models: 4 joint blocks of width 64, about 0.7 M parameters."""
-    tokenizer = text.build_tokenizer()
+def build(device: torch.device, tokenizer: CLIPTokenizer | None = None) -> Models:
+    """Untrained models: 4 joint blocks of width 64, about 0.7 M parameters. tokenizer: by default that of the scenes."""
+    tokenizer = text.build_tokenizer() if tokenizer is None else tokenizer
     transformer = SD3Transformer2DModel(
         sample_size=scenes.GRID,
         patch_size=1,

@@ -27,11 +27,14 @@ class Encoded(NamedTuple):
     pooled: Tensor
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer (byte-pair encoding) whose merges make one token of each word of the grammar."""
+def build_tokenizer(words: Sequence[str] | None = None, spelled: str = "", max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
+    """A CLIP tokenizer (byte-pair encoding) whose merges make one token of each word, by default of the scenes' grammar.
+
+    spelled: further letters, of which texts may spell words that are no tokens.
+    """
     merges: list[tuple[str, str]] = []
-    words = scenes.vocabulary()
-    letters = sorted({letter for word in words for letter in word})
+    words = scenes.vocabulary() if words is None else words
+    letters = sorted({letter for word in words for letter in word} | set(spelled))
     vocab = [START, END, *letters, *(f"{letter}</w>" for letter in letters)]
     for word in words:
         symbols = _apply(merges, [*word[:-1], f"{word[-1]}</w>"])
@@ -40,7 +43,7 @@ def build_tokenizer() -> CLIPTokenizer:
             symbols[:2] = [symbols[0] + symbols[1]]
             vocab.append(symbols[0])
     ids = {token: index for index, token in enumerate(dict.fromkeys(vocab))}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=max_tokens)
 
 
 def _apply(merges: Sequence[tuple[str, str]], symbols: list[str]) -> list[str]:
@@ -63,7 +66,7 @@ def build_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
         projection_dim=HIDDEN,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -73,9 +76,10 @@ def build_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """(B, MAX_TOKENS) int64, padded, as the pipeline itself tokenizes."""
+    """(B, L) int64, padded to the tokenizer's longest text, as the pipeline itself tokenizes."""
+    longest = tokenizer.model_max_length
     ids: Tensor = tokenizer(
-        list(prompts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        list(prompts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
     ).input_ids
     return ids
 

@@ -163,7 +163,8 @@ def test_corrupt_prefix_is_drawn_fresh(config: Path, store: Path) -> None:
     entry = Catalog(opened).query("SELECT * FROM buffer WHERE iteration = 1 LIMIT 1").to_pylist()[0]
     flip(store / entry["latents_file"], entry["latents_offset"] + entry["latents_header"] + 5)
     done = opgrpo("run", config, "--store", store, "--set", "iterations=3")
-    assert "its place in the group is drawn fresh" in done.stderr
+    assert "quarantined and not replayed" in done.stderr
+    assert entry["trajectory_id"] in done.stderr
     query = "SELECT count(*) FILTER (prefix_steps > 0) AS replayed, count(*) AS n FROM trajectories WHERE iteration = 2"
     assert opgrpo_json("sql", "--store", store, query) == [{"replayed": 1, "n": 8}]
 

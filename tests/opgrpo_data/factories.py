@@ -11,8 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opgrpo_data.buffer import BufferRule
-from opgrpo_data.plan import PlanRule
-from opgrpo_data.schema import BUFFERS, REWARDS, TRAJECTORIES, table_of
+from opgrpo_data.plan import PlanRule, WeightRule, build_plan
+from opgrpo_data.schema import BUFFERS, PLANS, REWARDS, TRAJECTORIES, table_of
 from opgrpo_data.shards import Record
 from opgrpo_data.store import Store, iteration_folder
 
@@ -125,20 +125,64 @@ def no_buffer() -> pa.Table:
     return BUFFERS.empty_table()
 
 
+def weight_rule(**changes: Any) -> WeightRule:
+    """Sequence-level weights of true densities, as they come: no damping, no cut that matters, no normalisation."""
+    defaults: dict[str, Any] = {
+        "correction": "sequence",
+        "reduction": "sum",
+        "variance_budget": None,
+        "lowest": 0.0,
+        "highest": 1e9,
+        "normalised": False,
+    }
+    return WeightRule(**defaults | changes)
+
+
+WEIGHT_NAMES = {
+    "correction": "correction",
+    "weight_reduction": "reduction",
+    "variance_budget": "variance_budget",
+    "weight_min": "lowest",
+    "weight_max": "highest",
+    "weight_normalised": "normalised",
+}
+"""Settings of `replay` to fields of WeightRule."""
+
+
 def plan_rule(**changes: Any) -> PlanRule:
-    """Group std, no cut that matters, one optimizer step, one microstep."""
+    """Group std, no cut that matters, one epoch of one optimizer step, one microstep.
+
+    `changes` are fields of PlanRule, or settings of its weight under the names they have in a configuration.
+    """
+    weight = {WEIGHT_NAMES[name]: changes.pop(name) for name in list(changes) if name in WEIGHT_NAMES}
     defaults: dict[str, Any] = {
         "advantage_std": "group",
         "advantage_clip": 1e9,
-        "weight_reduction": "sum",
-        "weight_min": 0.0,
-        "weight_max": 1e9,
+        "weight": weight_rule(**weight),
+        "reuse_ess": 0.0,
+        "epochs": 1,
         "optimizer_steps": 1,
         "microbatch": 1000,
         "window": None,
+        "step_fraction": 1.0,
+        "objective": "clipped",
         "seed": 0,
     }
     return PlanRule(**defaults | changes)
+
+
+def plan(
+    rows: pa.Table,
+    scores: pa.Table,
+    rule: PlanRule,
+    *,
+    excluded: Iterable[str] = (),
+    reused: pa.Table | None = None,
+    iteration: int = 0,
+) -> pa.Table:
+    """The plan of an iteration, without reused groups unless they are given."""
+    others = PLANS.empty_table() if reused is None else reused
+    return build_plan(rows, scores, others, set(excluded), iteration=iteration, rule=rule)
 
 
 def buffer_rule(decay: float = 0.5, **changes: Any) -> BufferRule:

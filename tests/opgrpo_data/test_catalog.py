@@ -12,8 +12,7 @@ import pytest
 from opgrpo_data import buffer
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
-from opgrpo_data.plan import build_plan
-from opgrpo_data.schema import EVALS, POLICIES, REWARDS, RUNS, UPDATES, table_of
+from opgrpo_data.schema import DENSITIES, EVALS, POLICIES, REWARDS, RUNS, UPDATES, table_of
 from opgrpo_data.shards import write_shard
 from opgrpo_data.store import TABLES, Store, iteration_folder
 from tests.opgrpo_data.factories import (
@@ -21,6 +20,7 @@ from tests.opgrpo_data.factories import (
     buffer_rule,
     folder,
     no_buffer,
+    plan,
     plan_rule,
     records,
     reward_row,
@@ -31,8 +31,20 @@ from tests.opgrpo_data.factories import (
 
 VIEWS = {
     "prompts", "policies", "runs", "trajectories", "rewards", "reward_errors",
-    "buffer", "plans", "updates", "evals", "quarantine",
+    "buffer", "plans", "densities", "updates", "update_steps", "update_summary", "evals", "quarantine",
 }  # fmt: skip
+SUMMARIES = {
+    "update_steps": [
+        "run_id", "iteration", "optimizer_step", "role", "step",
+        "pairs", "ratio_mean", "ratio_std", "ratio_min", "ratio_max", "clip_fraction", "kl", "path_variance",
+    ],
+    "update_summary": [
+        "run_id", "iteration", "role",
+        "trajectories", "groups", "dead_groups", "reward_mean", "age_mean", "age_max",
+        "weight_mean", "weight_min", "weight_max", "predicted_ess", "measured_ess", "steps_mean",
+    ],
+}  # fmt: skip
+"""Columns of the views that are more than a table."""
 LEARNING_CURVE = (
     "SELECT iteration, count(*) AS n, avg(value) AS reward FROM trajectories JOIN rewards USING (trajectory_id) "
     "GROUP BY 1 ORDER BY 1"
@@ -63,16 +75,30 @@ def fill(store: Store) -> Store:
         found = buffer.candidates(rows, good)
         snapshot = buffer.select(snapshot, found, set(), run_id=RUN, iteration=iteration, rule=buffer_rule(0.5))
         store.publish_table(f"{iteration_folder('buffers', RUN, iteration)}.parquet", snapshot)
-        store.publish_table(f"{iteration_folder('plans', RUN, iteration)}.parquet", build_plan(rows, good, set(), plan_rule()))
+        planned = plan(rows, good, plan_rule(), iteration=iteration)
+        store.publish_table(f"{iteration_folder('plans', RUN, iteration)}.parquet", planned)
     update = {
         "run_id": RUN,
         "iteration": 0,
+        "optimizer_step": 0,
         "trajectory_id": "i0-0",
+        "group_id": "g0",
+        "role": "fresh",
+        "age": 0,
+        "reward": 0.25,
+        "advantage": -0.125 / 0.1251,
         "loss": -0.5,
+        "train_steps": [0, 1],
+        "path_variance": [0.0, 0.0],
         "ratio": [1.0, 1.5],
         "clipped": [False, True],
+        "kl": [0.0, 0.0],
+        "importance_weight": 1.0,
+        "grad_norm": 0.1,
     }
     store.publish_table(f"{iteration_folder('updates', RUN, 0)}.parquet", table_of([update], UPDATES))
+    judged_again = {"run_id": RUN, "iteration": 1, "trajectory_id": "i0-0", "old_logprob": [-1.0], "path_variance": [0.5]}
+    store.publish_table(f"{iteration_folder('densities', RUN, 1)}.parquet", table_of([judged_again], DENSITIES))
     evaluated = {"run_id": RUN, "iteration": 0, "reward": "taste", "value": 0.5}
     store.publish_table(f"{iteration_folder('evals', RUN, 0)}/taste.v1.parquet", table_of([evaluated], EVALS))
     store.quarantine("i1-1", CorruptionError("x.tar", "i1-1.latents.npy latent 0", 5, None))
@@ -110,7 +136,8 @@ def test_every_view_of_a_filled_store_has_its_rows(catalog: Catalog) -> None:
     counts = {view: rows(catalog, f"SELECT count(*) AS n FROM {view}")[0]["n"] for view in VIEWS}
     assert counts == {
         "prompts": 1, "policies": 1, "runs": 1, "trajectories": 5, "rewards": 4, "reward_errors": 1,
-        "buffer": 2, "plans": 4, "updates": 1, "evals": 1, "quarantine": 1,
+        "buffer": 2, "plans": 4, "densities": 1, "updates": 1, "update_steps": 2, "update_summary": 1,
+        "evals": 1, "quarantine": 1,
     }  # fmt: skip
 
 
@@ -120,9 +147,9 @@ def test_columns_are_the_same_on_an_empty_and_a_filled_store(catalog: Catalog, t
     for view in VIEWS:
         described = [rows(each, f"SELECT column_name, column_type FROM (DESCRIBE {view})") for each in (empty, catalog)]
         assert described[0] == described[1]
-        own = {"policies": POLICIES, "runs": RUNS}
-        schema = own[view] if view in own else TABLES[kinds.get(view, view)].schema
-        assert [column["column_name"] for column in described[0]] == schema.names
+        own = {"policies": POLICIES.names, "runs": RUNS.names, **SUMMARIES}
+        expected = own[view] if view in own else TABLES[kinds.get(view, view)].schema.names
+        assert [column["column_name"] for column in described[0]] == expected
 
 
 def test_learning_curve_is_exact(catalog: Catalog) -> None:

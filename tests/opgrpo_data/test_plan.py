@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from opgrpo_data.errors import StoreError
-from opgrpo_data.plan import build_plan
 from opgrpo_data.schema import PLANS
+from tests.opgrpo_data import factories
 from tests.opgrpo_data.factories import located_row, plan_rule, rewards, trajectories
 
 REWARDS = st.floats(-100, 100)
@@ -28,7 +28,7 @@ def plan_of(
     """Plan rows by trajectory_id, of fresh members `<group>-<i>` with these rewards."""
     values = {f"{group}-{i}": value for group, members in groups.items() for i, value in enumerate(members)}
     rows = [located_row(name, group_id=name.split("-")[0]) for name in values]
-    plan = build_plan(trajectories(rows), rewards(values), excluded or set(), plan_rule(**rule))
+    plan = factories.plan(trajectories(rows), rewards(values), plan_rule(**rule), excluded=excluded or ())
     return {row["trajectory_id"]: row for row in plan.to_pylist()}
 
 
@@ -134,7 +134,7 @@ def expected_weight(row: dict[str, Any], reduction: str, low: float, high: float
 def test_importance_weights_are_numpys(drawn: list[dict[str, Any]], reduction: str, bounds: tuple[float, float]) -> None:
     rows = [located_row(f"t{i}", **changes) for i, changes in enumerate(drawn)]
     rule = plan_rule(weight_reduction=reduction, weight_min=bounds[0], weight_max=bounds[1])
-    plan = build_plan(trajectories(rows), rewards({row["trajectory_id"]: 0.0 for row in rows}), set(), rule)
+    plan = factories.plan(trajectories(rows), rewards({row["trajectory_id"]: 0.0 for row in rows}), rule)
     for planned in plan.to_pylist():
         changes = drawn[int(planned["trajectory_id"][1:])]
         assert planned["importance_weight"] == pytest.approx(expected_weight(changes, reduction, *bounds), rel=1e-9)
@@ -142,7 +142,7 @@ def test_importance_weights_are_numpys(drawn: list[dict[str, Any]], reduction: s
 
 
 def one_weight(rule: dict[str, Any] | None = None, **changes: Any) -> float:
-    plan = build_plan(trajectories([located_row("t", **changes)]), rewards({"t": 0.0}), set(), plan_rule(**rule or {}))
+    plan = factories.plan(trajectories([located_row("t", **changes)]), rewards({"t": 0.0}), plan_rule(**rule or {}))
     return float(plan["importance_weight"][0].as_py())
 
 
@@ -184,7 +184,7 @@ def test_every_trajectory_is_dealt_once_into_near_equal_bounded_batches(
 ) -> None:
     names = [f"t{i}" for i in range(count)]
     rule = plan_rule(optimizer_steps=steps, microbatch=microbatch, seed=seed)
-    plan = build_plan(trajectories([located_row(name) for name in names]), rewards(dict.fromkeys(names, 0.0)), set(), rule)
+    plan = factories.plan(trajectories([located_row(name) for name in names]), rewards(dict.fromkeys(names, 0.0)), rule)
     assert plan.schema == PLANS
     rows = plan.to_pylist()
     assert Counter(row["trajectory_id"] for row in rows) == Counter(names)
@@ -214,13 +214,12 @@ def many(count: int = 24) -> tuple[list[dict[str, Any]], dict[str, float]]:
 def test_the_plan_does_not_depend_on_the_order_of_its_input(form: str) -> None:
     rows, values = many()
     rule = plan_rule(advantage_std=form, optimizer_steps=3, microbatch=5)
-    plan = build_plan(trajectories(rows), rewards(values), set(), rule)
+    plan = factories.plan(trajectories(rows), rewards(values), rule)
     for seed in range(5):
         shuffle = random.Random(seed)
-        shuffled = build_plan(
+        shuffled = factories.plan(
             trajectories(shuffle.sample(rows, len(rows))),
             rewards(dict(shuffle.sample(list(values.items()), len(values)))),
-            set(),
             rule,
         )
         assert shuffled.equals(plan)  # bit for bit: the same plan must give the same policy
@@ -229,7 +228,7 @@ def test_the_plan_does_not_depend_on_the_order_of_its_input(form: str) -> None:
 def test_the_seed_shuffles_the_batch() -> None:
     rows, values = many()
     orders = [
-        build_plan(trajectories(rows), rewards(values), set(), plan_rule(seed=seed))["trajectory_id"].to_pylist()
+        factories.plan(trajectories(rows), rewards(values), plan_rule(seed=seed))["trajectory_id"].to_pylist()
         for seed in range(4)
     ]
     assert len({tuple(order) for order in orders}) == 4
@@ -253,8 +252,9 @@ def test_only_steps_inside_the_window_that_have_a_density_are_trained(
     window: int | None, std: list[float], expected: list[int]
 ) -> None:
     row = located_row("t", steps=4, transition_std=std, prefix_steps=1)
-    plan = build_plan(trajectories([row]), rewards({"t": 0.0}), set(), plan_rule(window=window))
+    plan = factories.plan(trajectories([row]), rewards({"t": 0.0}), plan_rule(window=window))
     assert plan["train_steps"].to_pylist() == [expected]
+    assert (plan["first_latent"].to_pylist(), plan["last_latent"].to_pylist()) == ([0], [expected[-1] + 1])
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
@@ -267,7 +267,7 @@ def test_a_reward_that_is_no_number_leaves_its_trajectory_out(bad: float | None)
 def test_trajectories_without_rewards_and_in_quarantine_are_left_out() -> None:
     rows = [located_row(f"t{i}") for i in range(4)]
     values = {"t0": 1.0, "t1": 3.0, "t2": 100.0, "elsewhere": 7.0}
-    plan = build_plan(trajectories(rows), rewards(values), {"t2", "unknown"}, plan_rule())
+    plan = factories.plan(trajectories(rows), rewards(values), plan_rule(), excluded={"t2", "unknown"})
     assert sorted(plan["trajectory_id"].to_pylist()) == ["t0", "t1"]
     assert sorted(plan["advantage"].to_pylist()) == pytest.approx([-1 / 1.0001, 1 / 1.0001])
 
@@ -276,18 +276,20 @@ def test_trajectories_without_rewards_and_in_quarantine_are_left_out() -> None:
 def test_nothing_usable_is_an_error(values: dict[str, float | None]) -> None:
     rows = [located_row("t0"), located_row("t1")]
     with pytest.raises(StoreError, match="no trajectory of this iteration has a usable reward: see the view reward_errors"):
-        build_plan(trajectories(rows), rewards(values), set(), plan_rule())
+        factories.plan(trajectories(rows), rewards(values), plan_rule())
 
 
 def test_all_in_quarantine_is_an_error() -> None:
     with pytest.raises(StoreError, match="no trajectory of this iteration has a usable reward"):
-        build_plan(trajectories([located_row("t0")]), rewards({"t0": 1.0}), {"t0"}, plan_rule())
+        factories.plan(trajectories([located_row("t0")]), rewards({"t0": 1.0}), plan_rule(), excluded={"t0"})
 
 
 def test_a_plan_row_carries_what_training_needs() -> None:
     row = located_row("t", prefix_steps=1, iteration=3, prompt_id="p9", sigmas=[1.0, 0.5, 0.25, 0.0], noise_level=0.4)
-    [planned] = build_plan(trajectories([row]), rewards({"t": 2.5}), set(), plan_rule()).to_pylist()
+    [planned] = factories.plan(trajectories([row]), rewards({"t": 2.5}), plan_rule(), iteration=3).to_pylist()
     carried = [name for name in PLANS.names if name in row]
     assert {"latents_offset", "latents_crc32", "old_logprob", "run_id", "iteration", "sigmas"} <= set(carried)
     assert {name: planned[name] for name in carried} == {name: row[name] for name in carried}
+    assert {"prefix_steps", "path_variance", "transition_std", "num_elements"} <= set(carried)
     assert planned["reward"] == 2.5
+    assert planned["age"] == 0

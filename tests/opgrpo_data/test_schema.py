@@ -73,7 +73,7 @@ def test_checksums_and_log_probs_keep_their_bits() -> None:
     assert {name: read[name] for name in value} == value
 
 
-@pytest.mark.parametrize("version", ["1.0", "0.9", "0.0", SCHEMA_VERSION])
+@pytest.mark.parametrize("version", ["1.1", "1.0", "0.9", "0.0", SCHEMA_VERSION])
 def test_known_versions_open(version: str) -> None:
     check_version({"format": FORMAT, "version": version}, "here")
 
@@ -87,9 +87,9 @@ def test_known_versions_open(version: str) -> None:
         ({"format": FORMAT, "version": "one"}, "here: store.json has the format version 'one'"),
         ({"format": FORMAT, "version": "1.2.3"}, r"here: store.json has the format version '1\.2\.3'"),
         ({"format": FORMAT, "version": None}, "here: store.json has the format version 'None'"),
-        ({"format": FORMAT, "version": "1.1"}, r"here has format version 1\.1, newer than 1\.0, .* upgrade opgrpo"),
-        ({"format": FORMAT, "version": "2.0"}, r"here has format version 2\.0, newer than 1\.0, .* upgrade opgrpo"),
-        ({"format": FORMAT, "version": "1.10"}, r"here has format version 1\.10, newer than 1\.0"),
+        ({"format": FORMAT, "version": "1.2"}, r"here has format version 1\.2, newer than 1\.1, .* upgrade opgrpo"),
+        ({"format": FORMAT, "version": "2.0"}, r"here has format version 2\.0, newer than 1\.1, .* upgrade opgrpo"),
+        ({"format": FORMAT, "version": "1.10"}, r"here has format version 1\.10, newer than 1\.1"),
     ],
     ids=str,
 )

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 from opgrpo_data.errors import StoreError
 from opgrpo_data.io import Directory
-from opgrpo_data.plan import build_plan
 from opgrpo_data.schema import PLANS, table_of
 from opgrpo_data.shards import LatentLocation, read_latents, write_shard
 from opgrpo_data.store import Store
 from opgrpo_data.stream import PREFETCHED_BATCHES, Batch, stream
+from tests.opgrpo_data import factories
 from tests.opgrpo_data.factories import folder, plan_rule, records, rewards, shard_rows, trajectories
 
 COUNT, STEPS = 12, 4
+TWO_LATENTS = st.tuples(st.integers(0, STEPS), st.integers(0, STEPS))
 
 
 def readers() -> list[threading.Thread]:
@@ -43,12 +44,12 @@ def plan_for(store: Store, **rule: Any) -> pa.Table:
     """A plan over all that the store holds: two optimizer steps, microbatches of four, all steps."""
     rows = shard_rows(store)
     values = rewards({row["trajectory_id"]: float(i) for i, row in enumerate(rows)})
-    return build_plan(trajectories(rows), values, set(), plan_rule(**{"optimizer_steps": 2, "microbatch": 4} | rule))
+    return factories.plan(trajectories(rows), values, plan_rule(**{"optimizer_steps": 2, "microbatch": 4} | rule))
 
 
 def agrees(batch: Batch, rows: list[dict[str, Any]], directory: Directory) -> bool:
     """Whether a batch holds these rows, and for each what a direct read of its latents gives."""
-    direct = [read_latents(directory, LatentLocation.of(row), 0, max(row["train_steps"]) + 1) for row in rows]
+    direct = [read_latents(directory, LatentLocation.of(row), row["first_latent"], row["last_latent"]) for row in rows]
     same = [a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(batch.latents, direct, strict=True)]
     return batch.rows == rows and batch.damaged == [] and all(same)
 
@@ -62,13 +63,15 @@ def test_batches_are_the_plan_in_its_order(store: Store, window: int | None) -> 
     assert [len(batch.rows) for batch in batches] == [4, 2, 4, 2]
     for batch in batches:
         assert agrees(batch, batch.rows, store.directory)
+        needed = [(0, max(row["train_steps"]) + 1) for row in batch.rows]
+        assert [(row["first_latent"], row["last_latent"]) for row in batch.rows] == needed
         assert {latents.shape for latents in batch.latents} == {((window or STEPS) + 1, 2, 2, 2)}
 
 
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_plan_streams_as_its_rows_grouped(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Rows in any order, ranks mixed, steps of any kind: each rank gets its own rows, grouped and in order."""
+    """Rows in any order, ranks mixed, latents from any to any: each rank gets its own rows, grouped and in order."""
     place = tmp_path_factory.getbasetemp() / "any-plan"
     store = Store.create(str(place))
     write_shard(store.directory, folder(), "00000", records(6, steps=STEPS))
@@ -79,7 +82,7 @@ def test_any_plan_streams_as_its_rows_grouped(data: st.DataObject, tmp_path_fact
             "optimizer_step": data.draw(st.integers(0, 2)),
             "microstep": data.draw(st.integers(0, 2)),
             "rank": data.draw(st.integers(0, 1)),
-            "train_steps": sorted(data.draw(st.sets(st.integers(0, STEPS - 1), min_size=1))),
+            **dict(zip(("first_latent", "last_latent"), sorted(data.draw(TWO_LATENTS)), strict=True)),
         }
         for row in base
     ]
@@ -167,7 +170,7 @@ def test_errors_of_the_reader_are_raised_in_the_consumer(store: Store) -> None:
     with pytest.raises(StoreError, match="contradicts itself"):
         list(stream(store.directory, table_of(contradicting, PLANS)))
     with pytest.raises(IndexError, match=r"latents 0\.\.10 of t\d+: it has 5"):
-        list(stream(store.directory, table_of([row | {"train_steps": [9]} for row in rows], PLANS)))
+        list(stream(store.directory, table_of([row | {"last_latent": 10} for row in rows], PLANS)))
     assert readers() == []
 
 

@@ -17,7 +17,7 @@ from opgrpo_data.store import Store
 from pipelines import media, weights
 from pipelines.config import RunConfig, build_config
 from pipelines.experiment import Experiment
-from pipelines.groups import Member, shard_tasks
+from pipelines.groups import Entries, Member, shard_tasks
 from pipelines.policies.sd3 import SD3Policy, load
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt
@@ -99,7 +99,7 @@ def reopened(experiment: Experiment) -> Experiment:
     return other
 
 
-def members_of(config: RunConfig, iteration: int = 0, buffer: Mapping[str, Mapping[str, Any]] | None = None) -> list[Member]:
+def members_of(config: RunConfig, iteration: int = 0, buffer: Entries | None = None) -> list[Member]:
     """All members of an iteration over four prompts of the embedded world's vocabulary."""
     texts = ["a red circle", "two blue squares", "a red circle left of a blue square", "one green diamond"]
     tasks = shard_tasks(config, config.run_id, [Prompt(text, {}) for text in texts], iteration, buffer or {})

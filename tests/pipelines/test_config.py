@@ -82,9 +82,9 @@ def test_overrides_of_the_top_level_and_of_nested_sections(path: Path) -> None:
         (
             MINIMAL,
             ("rollout.sampler=ddpm",),
-            "rollout.sampler: Input should be 'flow_sde', 'flow_cps' or 'dance_sde', got 'ddpm'",
+            "rollout.sampler: Input should be 'flow_sde', 'flow_cps', 'dance_sde' or 'wan_sde', got 'ddpm'",
         ),
-        (MINIMAL, ("rollout.sampler=ode",), "rollout.sampler: Input should be .*got 'ode'"),
+        (MINIMAL, ("rollout.sampler=ode",), "rollout.sampler: ode has no noise, hence no density and no ratio to train with"),
         (MINIMAL, ("name=a/b",), "name: String should match pattern .*got 'a/b'"),
         (MINIMAL, ("name=..",), "name: String should match pattern"),
         (MINIMAL, ("train=3",), "train: Input should be a valid dictionary.*got 3"),
@@ -175,5 +175,5 @@ def test_plan_rule_has_the_settings_and_a_seed_of_its_own_per_iteration() -> Non
     rules = [config.plan_rule(i) for i in range(3)]
     assert len({rule.seed for rule in rules}) == 3
     assert rules[0] == config.plan_rule(0)
-    assert (rules[0].window, rules[0].advantage_std, rules[0].weight_max) == (None, "global", 3.0)
+    assert (rules[0].window, rules[0].advantage_std, rules[0].weight.highest) == (None, "global", 3.0)
     assert small(seed=1).plan_rule(0).seed != rules[0].seed

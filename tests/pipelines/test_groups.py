@@ -24,11 +24,11 @@ def test_a_lap_visits_each_prompt_at_most_once(count: int, size: int, seed: int,
     config = small(rollout={"prompts_per_iteration": size}, seed=seed)
     if size > count:
         with pytest.raises(ValueError, match=f"prompts_per_iteration is {size}, but there are only {count} training prompts"):
-            prompts_of(config, prompts, 0)
+            prompts_of(config, prompts, 0, {})
         return
     per_lap = count // size
     for lap in range(laps):
-        visited = [p.text for i in range(per_lap) for p in prompts_of(config, prompts, lap * per_lap + i)]
+        visited = [p.text for i in range(per_lap) for p in prompts_of(config, prompts, lap * per_lap + i, {})]
         assert len(visited) == per_lap * size
         assert len(set(visited)) == len(visited)
 
@@ -36,10 +36,10 @@ def test_a_lap_visits_each_prompt_at_most_once(count: int, size: int, seed: int,
 def test_laps_are_shuffled_anew_and_follow_the_seed() -> None:
     prompts = _prompts(8)
     config = small(rollout={"prompts_per_iteration": 8})
-    laps = [[p.text for p in prompts_of(config, prompts, lap)] for lap in range(3)]
+    laps = [[p.text for p in prompts_of(config, prompts, lap, {})] for lap in range(3)]
     assert laps[0] != laps[1] != laps[2]
-    assert laps[0] == [p.text for p in prompts_of(config, prompts, 0)]
-    assert laps[0] != [p.text for p in prompts_of(small(rollout={"prompts_per_iteration": 8}, seed=1), prompts, 0)]
+    assert laps[0] == [p.text for p in prompts_of(config, prompts, 0, {})]
+    assert laps[0] != [p.text for p in prompts_of(small(rollout={"prompts_per_iteration": 8}, seed=1), prompts, 0, {})]
 
 
 @given(
@@ -52,9 +52,9 @@ def test_laps_are_shuffled_anew_and_follow_the_seed() -> None:
 def test_composition_is_exact(held: set[int], group_size: int, per_shard: int, iteration: int) -> None:
     prompts = _prompts(6)
     config = small(rollout={"prompts_per_iteration": 3, "group_size": group_size, "groups_per_shard": per_shard})
-    buffer = {prompts[i].prompt_id: {"trajectory_id": f"entry {i}"} for i in held}
+    buffer = {prompts[i].prompt_id: [{"trajectory_id": f"entry {i}"}] for i in held}
     tasks = shard_tasks(config, "run", prompts, iteration, buffer)
-    chosen = prompts_of(config, prompts, iteration)
+    chosen = prompts_of(config, prompts, iteration, buffer)
     assert [task.shard for task in tasks] == [f"{i:05d}" for i in range(-(-3 // per_shard))]
     assert all(len(task.members) == per_shard * group_size for task in tasks[:-1])
     members = [member for task in tasks for member in task.members]
@@ -64,7 +64,7 @@ def test_composition_is_exact(held: set[int], group_size: int, per_shard: int, i
         assert [m.member_index for m in group] == list(range(group_size))
         assert len({m.group_id for m in group}) == 1
         parents = [m.parent for m in group if m.parent is not None]
-        assert parents == ([buffer[prompt.prompt_id]] if prompt.prompt_id in buffer else [])
+        assert parents == buffer.get(prompt.prompt_id, [])
         assert all(m.parent is None for m in group[:-1])
 
 

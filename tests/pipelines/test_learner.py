@@ -11,9 +11,9 @@ import torch
 from opgrpo_data.errors import StoreError
 from opgrpo_data.store import Store
 from pipelines import weights
-from pipelines.config import TrainConfig
 from pipelines.learner import MOMENTS, Learner
 from pipelines.policies.sd3 import SD3Policy
+from pipelines.settings import TrainConfig
 from tests.pipelines.helpers import each, flipped, shared_policy
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -21,7 +20,7 @@ from pipelines import media, sampler, weights
 from pipelines.config import RunConfig
 from pipelines.groups import Member
 from pipelines.policies.sd3 import SD3Policy
-from pipelines.trajectories import draw_continuations, draw_fresh, read_prefix, records, to_stored, to_tensor
+from pipelines.trajectories import Stored, draw_continuations, draw_fresh, evaluate, read_prefix, records, to_stored, to_tensor
 from tests.pipelines.helpers import elements, flipped, grid_of, members_of, perturbed, small, stored
 
 Rows = list[dict[str, Any]]
@@ -41,10 +40,16 @@ def _fresh(directory: Directory, policy: SD3Policy, config: RunConfig) -> Rows:
 def _continued(
     directory: Directory, policy: SD3Policy, config: RunConfig, parents: Rows, kept: int, iteration: int
 ) -> tuple[list[Member], Rows]:
-    last = {m.prompt.prompt_id: m for m in members_of(config, iteration, {row["prompt_id"]: row for row in parents})[1::2]}
+    last = {m.prompt.prompt_id: m for m in members_of(config, iteration, {row["prompt_id"]: [row] for row in parents})[1::2]}
     members = [last[row["prompt_id"]] for row in parents]
-    prefix = torch.stack([read_prefix(directory, member.parent or {}, kept) for member in members])
-    drawn = draw_continuations(policy, members, prefix, grid_of(policy, config), config.rollout.storage_dtype)
+    prefix = Stored(
+        texts=[member.prompt.text for member in members],
+        states=torch.stack([read_prefix(directory, row, kept) for row in parents]),
+        behaviour_logprob=[row["behaviour_logprob"] for row in parents],
+        noise_seeds=[row["noise_seeds"] for row in parents],
+    )
+    grid = grid_of(policy, config)
+    drawn = draw_continuations(policy, members, prefix, evaluate(policy, prefix, grid), grid, config.rollout.storage_dtype)
     return members, stored(directory, f"{iteration:05d}", policy, members, drawn, config)
 
 
@@ -163,10 +168,10 @@ def test_an_unchanged_policy_has_weight_1_and_no_path_variance(
     for row in rows:
         largest = float(_latents(directory, row).abs().max())
         assert (np.array(row["path_variance"]) <= elements(policy) * (2 * resolution * largest / std) ** 2).all()
-    frame = pl.DataFrame(rows)
+    continued = [row | {"role": "continuation"} for row in rows]
     for reduction, tolerance in (("sum", 1e-4), ("mean", 1e-6)):
-        rule = small(replay={"weight_reduction": reduction}).plan_rule(0)
-        np.testing.assert_allclose(importance_weights(frame, rule).to_numpy(), 1, atol=tolerance)
+        rule = small(replay={"weight_reduction": reduction}).plan_rule(0).weight
+        np.testing.assert_allclose(importance_weights(continued, rule), 1, atol=tolerance)
 
 
 @given(prefixes=st.lists(st.integers(1, 5), min_size=5, max_size=5), seed=st.integers(0, 1000))
@@ -233,7 +238,7 @@ def test_a_damaged_prefix_is_noticed(policy: SD3Policy, directory: Directory, tm
 def test_a_member_whose_parent_was_lost_has_no_parent(policy: SD3Policy) -> None:
     """It was drawn fresh in the parent's place: its row must not claim a prefix that it does not have."""
     config = _config()
-    members = members_of(config, 1, {m.prompt.prompt_id: {"trajectory_id": "lost"} for m in members_of(config)})[1::2]
+    members = members_of(config, 1, {m.prompt.prompt_id: [{"trajectory_id": "lost"}] for m in members_of(config)})[1::2]
     assert all(member.parent for member in members)
     drawn = draw_fresh(policy, members, grid_of(policy, config), "float32")
     for record in records(policy, members, drawn, config.rollout, {}):

@@ -1,0 +1,101 @@
+"""Which runs the benchmark consists of, and their execution: what the results lack is run, in parallel, and added to them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import polars as pl
+
+from benchmarks.steps_to_target.arms import ABLATIONS, ARMS, LEVERS, MAIN, Arm, Settings
+from benchmarks.steps_to_target.runner import Spec, run
+
+RESULTS = Path(__file__).parent / "results" / "runs.parquet"
+PHASES = ("search", "main", "lever", "ablation", "map")
+SEEDS: Mapping[str, int] = {"main": 5, "lever": 3, "ablation": 3, "map": 3}
+SEARCH_ITERATIONS = 30
+MAP_ARMS = ("flow_grpo", "op_grpo", "forward_replay")
+MAP_ITERATIONS = 40
+
+# Cells of the map: what is varied, on the compositional task. An entry is replayed at the lag at which its prompt is revisited.
+MAP: Mapping[str, Settings] = {
+    "group of 4": {"rollout": {"group_size": 4, "prompts_per_iteration": 16}},
+    "group of 16": {"rollout": {"group_size": 16, "prompts_per_iteration": 4}},
+    "revisit after 2": {"prompts": {"limit": 16}},
+    "revisit after 48": {"prompts": {"limit": 384}},
+    "rare success": {"reward": {"name": "benchmarks.steps_to_target.preference:rare"}},
+}
+
+
+def load(path: Path = RESULTS) -> pl.DataFrame:
+    """All results so far: a row per evaluation."""
+    return pl.read_parquet(path) if path.exists() else pl.DataFrame()
+
+
+def specs(phase: str, task: str, results: pl.DataFrame) -> Iterator[tuple[Spec, Settings]]:
+    """The runs of one phase on one task, in the order in which they are worth having."""
+    if phase == "search":
+        for arm in MAIN:
+            for rate in arm.rates:
+                yield Spec(task, arm.name, phase, 0, rate, SEARCH_ITERATIONS, 10, 1024), {}
+        return
+    if phase == "map":
+        for setting, extra in MAP.items() if task == "compositional" else ():
+            for seed in range(SEEDS[phase]):
+                for name in MAP_ARMS:
+                    rate = chosen_rate(results, task, ARMS[name])
+                    yield Spec(task, name, phase, seed, rate, MAP_ITERATIONS, 10, 1280, setting), extra
+        return
+    arms = {"main": MAIN, "lever": LEVERS, "ablation": ABLATIONS}[phase]
+    if phase != "main" and task != "compositional":
+        return
+    for seed in range(SEEDS[phase]):
+        for arm in arms:
+            yield Spec(task, arm.name, phase, seed, chosen_rate(results, task, arm), arm.iterations, 5, 1280), {}
+
+
+def chosen_rate(results: pl.DataFrame, task: str, arm: Arm) -> float:
+    """The learning rate with the best held-out reward on the search prompts, averaged over the evaluations of a run."""
+    found = results.filter(phase="search", task=task, arm=arm.like or arm.name).filter(pl.col("iteration") > 0)
+    ranked = found.group_by("lr").agg(pl.col("reward").mean()).sort("reward", "lr", descending=[True, False])
+    return float(ranked["lr"][0])
+
+
+def execute(wanted: Sequence[tuple[Spec, Settings]], folder: Path, workers: int, path: Path = RESULTS) -> None:
+    """Run what the results at `path` lack. Each run is added when it is whole: stop at any time, and start again."""
+    done = _done(load(path))
+    missing = [(spec, extra) for spec, extra in wanted if spec.key not in done]
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers: equal conditions, and the same numbers anywhere
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run, spec, extra, folder): spec for spec, extra in missing}
+        for number, future in enumerate(as_completed(futures), 1):
+            rows = pl.DataFrame(future.result())
+            _replace(path, pl.concat([load(path), rows], how="diagonal"))
+            told = " ".join(f"{iteration}:{reward:.3f}" for iteration, reward in rows.select("iteration", "reward").iter_rows())
+            print(f"[{number}/{len(missing)}] {futures[future]}: {told}", flush=True)
+
+
+def _done(results: pl.DataFrame) -> set[tuple[str, str, str, str, int, float]]:
+    if results.is_empty():
+        return set()
+    return set(results.select("task", "arm", "phase", "setting", "seed", "lr").unique().iter_rows())
+
+
+def _replace(path: Path, table: pl.DataFrame) -> None:
+    """Write the table beside the old one, then take its place: a kill in between loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".writing")
+    table.write_parquet(beside)
+    beside.replace(path)
+
+
+def everything(tasks: Sequence[str], phases: Sequence[str], folder: Path, workers: int, path: Path = RESULTS) -> None:
+    """All phases of the tasks in turn; the search first, since the others take their learning rates from it."""
+    for phase in PHASES:
+        if phase in phases:
+            for task in tasks:
+                execute(list(specs(phase, task, load(path))), folder, workers, path)

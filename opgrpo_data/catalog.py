@@ -75,7 +75,7 @@ class Catalog:
         files = f"read_parquet([{', '.join(map(_quoted, absolute))}], union_by_name=true, hive_partitioning=false)"
         # The empty table brings the columns that files of an older minor version lack.
         self.connection.from_arrow(TABLES[kind].schema.empty_table()).create(f"stored.{kind}")
-        return f"(SELECT * FROM stored.{kind} UNION ALL BY NAME SELECT * FROM {files})"
+        return f"(SELECT * FROM stored.{kind} UNION ALL BY NAME SELECT * FROM {files})"  # noqa: S608 quoted above
 
     def _lock(self, readable: list[str]) -> None:
         self.connection.execute(f"SET allowed_paths=[{', '.join(map(_quoted, readable))}]")

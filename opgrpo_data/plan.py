@@ -102,6 +102,7 @@ def build_plan(
         sample = len(row["transition_std"])
         first, last = (0, row["train_steps"][-1] + 1) if rule.objective == "clipped" else (sample, sample)
         row |= {"importance_weight": weight, "iteration": iteration, "first_latent": first, "last_latent": last}
+        row["predicted_ess"] = importance.predicted_ess((row["path_variance"] or [])[: off_policy_steps(row)])
     return pa.Table.from_pylist(_deal(rows, rule), schema=PLANS)
 
 

@@ -152,6 +152,7 @@ PLANS = pa.unify_schemas(
                 ("age", pa.int64()),
                 ("prefix_steps", pa.int32()),
                 ("path_variance", _FLOATS),
+                ("predicted_ess", pa.float64()),
                 ("transition_std", _FLOATS),
                 ("num_elements", pa.int64()),
             ]
@@ -186,6 +187,7 @@ UPDATES = pa.schema(
         ("loss", pa.float64()),
         ("train_steps", pa.list_(pa.int32())),
         ("path_variance", _FLOATS),
+        ("predicted_ess", pa.float64()),
         ("ratio", _FLOATS),
         ("clipped", pa.list_(pa.bool_())),
         ("kl", _FLOATS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from pipelines.rollout import rollout
 from pipelines.score import reward_files, score
 from pipelines.selection import select
 from pipelines.train import train
+
+STAGES: tuple[Callable[[Experiment, int], Outcome], ...] = (rollout, score, select, train)
+"""What an iteration consists of, in order."""
 
 GRID_PROMPTS = 10
 GRID_PICTURES = 5
@@ -81,10 +85,8 @@ def run(experiment: Experiment) -> Result:
 
 def _iterate(experiment: Experiment, iteration: int) -> None:
     began = time.monotonic()
-    rollout(experiment, iteration)
-    score(experiment, iteration)
-    select(experiment, iteration)
-    train(experiment, iteration)
+    for stage in STAGES:
+        stage(experiment, iteration)
     rewards = experiment.store.read_tables("rewards", reward_files(experiment, iteration))
     mean, spent = pc.mean(rewards["value"]).as_py(), time.monotonic() - began
     experiment.progress.say(f"iteration {iteration + 1}/{experiment.config.iterations}: reward {mean:.3f}, {spent:.1f} s")

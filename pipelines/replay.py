@@ -37,7 +37,10 @@ class Replayed:
 
 
 def buffer_entries(experiment: Experiment, iteration: int) -> Entries:
-    """The buffer that `iteration` replays; empty at the start, and for flow_grpo."""
+    """The buffer that `iteration` replays; empty at the start, and for flow_grpo.
+
+    Entries put in quarantine since are still in it: which prompts an iteration visits must not change while it is drawn.
+    """
     if experiment.config.algorithm == "flow_grpo":
         return {}
     path = experiment.buffer_path(iteration - 1)
@@ -48,11 +51,9 @@ def buffer_entries(experiment: Experiment, iteration: int) -> Entries:
             f"iteration {iteration} replays the buffer of iteration {iteration - 1}, which is not there: "
             f"run `opgrpo select` for that iteration first"
         )
-    damaged = experiment.store.quarantined()
     entries: dict[str, list[Row]] = {}
     for entry in experiment.store.read_tables("buffers", [path]).to_pylist():
-        if entry["trajectory_id"] not in damaged:
-            entries.setdefault(entry["prompt_id"], []).append(entry)
+        entries.setdefault(entry["prompt_id"], []).append(entry)
     return entries
 
 
@@ -63,7 +64,9 @@ def admit(experiment: Experiment, members: Sequence[Member], grid: Transitions) 
     """
     replay = experiment.config.replay
     longest = grid.num_steps if replay.truncation == "none" else replay.prefix_steps
-    asked = [(member, member.parent) for member in members if member.parent is not None]
+    damaged = experiment.store.quarantined()
+    parents = [(member, member.parent) for member in members if member.parent is not None]
+    asked = [(member, parent) for member, parent in parents if parent["trajectory_id"] not in damaged]
     admitted = []
     for (member, _), states, logprob, variance in _judged(experiment, asked, longest, grid):
         kept = prefix_length(variance.tolist(), replay)

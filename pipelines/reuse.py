@@ -24,11 +24,12 @@ def densities_path(experiment: Experiment, iteration: int) -> str:
 def reusable(experiment: Experiment, iteration: int) -> list[dict[str, Any]]:
     """Plan rows of the last `replay.reuse_iterations` iterations that carry an advantage: without one there is no gradient."""
     first = max(iteration - experiment.config.replay.reuse_iterations, 0)
+    damaged = experiment.store.quarantined()
     rows: dict[str, dict[str, Any]] = {}
     for past in range(first, iteration):
         path = f"{iteration_folder('plans', experiment.run_id, past)}.parquet"
         for row in experiment.store.read_tables("plans", [path]).to_pylist():
-            if row["role"] != "reused" and row["advantage"] != 0:
+            if row["role"] != "reused" and row["advantage"] != 0 and row["trajectory_id"] not in damaged:
                 rows.setdefault(row["trajectory_id"], row)  # later epochs repeat it
     return list(rows.values())
 

@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 OBJECTIVES = {"clipped": clipped_loss, "forward": forward_loss}
 
 # What `updates` repeats of a plan's row, so that one table says what training did and why.
-TOLD = ("trajectory_id", "group_id", "role", "age", "reward", "advantage", "importance_weight", "train_steps")
+TOLD = ("trajectory_id", "group_id", "role", "age", "reward", "advantage", "importance_weight", "predicted_ess", "train_steps")
 
 
 def train(experiment: Experiment, iteration: int, dry_run: bool = False) -> Outcome:

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="folder to draw pictures into")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--phases", nargs="+", default=list(grid.PHASES), choices=grid.PHASES)
+    parser.add_argument("--seeds", type=int, default=max(grid.SEEDS.values()), help="at most so many seeds an arm")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     work = Path(tempfile.gettempdir()) / "steps_to_target"
     parser.add_argument("--work", type=Path, default=work, help="folder for the stores of runs under way")
@@ -51,7 +52,7 @@ def main() -> None:
         quick(arguments.workers)
         return
     if not arguments.summary:
-        grid.everything(arguments.tasks, arguments.phases, arguments.work, arguments.workers)
+        grid.everything(arguments.tasks, arguments.phases, arguments.seeds, arguments.work, arguments.workers)
     results = grid.load()
     if results.is_empty():
         parser.error(f"there are no results in {grid.RESULTS}: run without --summary first")

@@ -12,6 +12,7 @@ import polars as pl
 
 from benchmarks.steps_to_target.arms import ABLATIONS, ARMS, LEVERS, MAIN, Arm, Settings
 from benchmarks.steps_to_target.runner import Spec, run
+from benchmarks.steps_to_target.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results" / "runs.parquet"
 PHASES = ("search", "main", "lever", "ablation", "map")
@@ -35,16 +36,16 @@ def load(path: Path = RESULTS) -> pl.DataFrame:
     return pl.read_parquet(path) if path.exists() else pl.DataFrame()
 
 
-def specs(phase: str, task: str, results: pl.DataFrame) -> Iterator[tuple[Spec, Settings]]:
+def specs(phase: str, task: str, results: pl.DataFrame, seeds: int) -> Iterator[tuple[Spec, Settings]]:
     """The runs of one phase on one task, in the order in which they are worth having."""
     if phase == "search":
         for arm in MAIN:
             for rate in arm.rates:
-                yield Spec(task, arm.name, phase, 0, rate, SEARCH_ITERATIONS, 10, 1024), {}
+                yield Spec(task, arm.name, phase, 0, rate, SEARCH_ITERATIONS, SEARCH_ITERATIONS, 1024), {}
         return
     if phase == "map":
         for setting, extra in MAP.items() if task == "compositional" else ():
-            for seed in range(SEEDS[phase]):
+            for seed in range(min(SEEDS[phase], seeds)):
                 for name in MAP_ARMS:
                     rate = chosen_rate(results, task, ARMS[name])
                     yield Spec(task, name, phase, seed, rate, MAP_ITERATIONS, 10, 1280, setting), extra
@@ -52,16 +53,15 @@ def specs(phase: str, task: str, results: pl.DataFrame) -> Iterator[tuple[Spec, 
     arms = {"main": MAIN, "lever": LEVERS, "ablation": ABLATIONS}[phase]
     if phase != "main" and task != "compositional":
         return
-    for seed in range(SEEDS[phase]):
+    for seed in range(min(SEEDS[phase], seeds)):
         for arm in arms:
-            yield Spec(task, arm.name, phase, seed, chosen_rate(results, task, arm), arm.iterations, 5, 1280), {}
+            yield Spec(task, arm.name, phase, seed, chosen_rate(results, task, arm), arm.iterations, 5, TASKS[task].samples), {}
 
 
 def chosen_rate(results: pl.DataFrame, task: str, arm: Arm) -> float:
-    """The learning rate with the best held-out reward on the search prompts, averaged over the evaluations of a run."""
-    found = results.filter(phase="search", task=task, arm=arm.like or arm.name).filter(pl.col("iteration") > 0)
-    ranked = found.group_by("lr").agg(pl.col("reward").mean()).sort("reward", "lr", descending=[True, False])
-    return float(ranked["lr"][0])
+    """The learning rate with the best held-out reward on the search prompts at the end of its run; of equals the lower."""
+    found = results.filter(phase="search", task=task, arm=arm.like or arm.name, iteration=SEARCH_ITERATIONS)
+    return float(found.sort("reward", "lr", descending=[True, False])["lr"][0])
 
 
 def execute(wanted: Sequence[tuple[Spec, Settings]], folder: Path, workers: int, path: Path = RESULTS) -> None:
@@ -73,10 +73,15 @@ def execute(wanted: Sequence[tuple[Spec, Settings]], folder: Path, workers: int,
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run, spec, extra, folder): spec for spec, extra in missing}
         for number, future in enumerate(as_completed(futures), 1):
+            if error := future.exception():
+                print(f"[{number}/{len(missing)}] {futures[future]}: {type(error).__name__}: {error}", flush=True)
+                continue
             rows = pl.DataFrame(future.result())
             _replace(path, pl.concat([load(path), rows], how="diagonal"))
             told = " ".join(f"{iteration}:{reward:.3f}" for iteration, reward in rows.select("iteration", "reward").iter_rows())
             print(f"[{number}/{len(missing)}] {futures[future]}: {told}", flush=True)
+    if failed := [spec for future, spec in futures.items() if future.exception()]:
+        raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed, the others are kept: first {failed[0]}")
 
 
 def _done(results: pl.DataFrame) -> set[tuple[str, str, str, str, int, float]]:
@@ -93,9 +98,9 @@ def _replace(path: Path, table: pl.DataFrame) -> None:
     beside.replace(path)
 
 
-def everything(tasks: Sequence[str], phases: Sequence[str], folder: Path, workers: int, path: Path = RESULTS) -> None:
+def everything(tasks: Sequence[str], phases: Sequence[str], seeds: int, folder: Path, workers: int) -> None:
     """All phases of the tasks in turn; the search first, since the others take their learning rates from it."""
     for phase in PHASES:
         if phase in phases:
             for task in tasks:
-                execute(list(specs(phase, task, load(path))), folder, workers, path)
+                execute(list(specs(phase, task, load(), seeds)), folder, workers)

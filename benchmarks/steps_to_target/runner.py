@@ -8,7 +8,6 @@ import platform
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,10 @@ from benchmarks.steps_to_target.tasks import TASKS, search_prompts
 from opgrpo_data.catalog import Catalog
 from pipelines.config import RunConfig, build_config
 from pipelines.evaluation import evaluate, evaluation_path
-from pipelines.experiment import Experiment, Outcome
+from pipelines.experiment import Experiment
+from pipelines.loop import STAGES
 from pipelines.progress import Progress
-from pipelines.rollout import rollout
-from pipelines.score import score
-from pipelines.selection import select
-from pipelines.train import train
 
-STAGES: tuple[Callable[[Experiment, int], Outcome], ...] = (rollout, score, select, train)
 BACKWARD = 2
 """What a backward pass costs, in forward passes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ SEARCH_HELD_OUT = 64
 @dataclass(frozen=True)
 class Task:
     """One task. settings: of a `RunConfig`, policy, prompts and reward. check: the key of a reward's detail that is reported
-    beside the reward and never trained on. levels: fixed levels of the reward for which costs are reported."""
+    beside the reward and never trained on. levels: fixed levels of the reward for which costs are reported. samples: pictures
+    per evaluation, enough for a standard error of 0.01."""
 
     name: str
     settings: Mapping[str, Any]
     check: str
     levels: tuple[float, ...]
+    samples: int
 
     @property
     def source(self) -> str:
@@ -39,6 +42,7 @@ TASKS: Mapping[str, Task] = {
             {"prompts": {"source": "embedded", "limit": TRAIN_PROMPTS}, "reward": {"name": "scene_strict"}},
             "strict",
             (0.6, 0.7, 0.8, 0.9),
+            1280,
         ),
         Task(
             "strings",
@@ -49,6 +53,7 @@ TASKS: Mapping[str, Task] = {
             },
             "exact",
             (0.8, 0.85, 0.9, 0.95),
+            640,
         ),
         Task(
             "preference",
@@ -58,6 +63,7 @@ TASKS: Mapping[str, Task] = {
             },
             "strict",
             (0.7, 0.75, 0.8, 0.85),
+            640,
         ),
     )
 }
@@ -69,6 +75,8 @@ def search_prompts(task: Task, folder: Path) -> Path:
     Learning rates are chosen on these, so neither the main runs' training prompts nor their held-out ones choose anything.
     """
     path = folder / f"search-{task.name}.jsonl"
+    if path.exists():
+        return path
     everything = load_prompts(task.source)["train"]
     used = {prompt.prompt_id for prompt in thinned(everything, TRAIN_PROMPTS)}
     free = [prompt for prompt in everything if prompt.prompt_id not in used]
@@ -76,8 +84,9 @@ def search_prompts(task: Task, folder: Path) -> Path:
     chosen = {prompt.prompt_id for prompt in train}
     held_out = thinned([prompt for prompt in free if prompt.prompt_id not in chosen], SEARCH_HELD_OUT)
     lines = [_line(prompt, "train") for prompt in train] + [_line(prompt, "held_out") for prompt in held_out]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    beside = path.with_suffix(f".{os.getpid()}")  # runs share the file: none may read half of it
+    beside.write_text("\n".join(lines) + "\n")
+    return beside.replace(path)
 
 
 def _line(prompt: Prompt, split: str) -> str:

@@ -11,13 +11,12 @@ SELECT
     avg(importance_weight) AS weight_mean,
     min(importance_weight) AS weight_min,
     max(importance_weight) AS weight_max,
-    avg(exp(-summed_variance)) AS predicted_ess,
+    avg(predicted_ess) AS predicted_ess,
     pow(sum(importance_weight), 2) / nullif(count(*) * sum(pow(importance_weight, 2)), 0) AS measured_ess,
     avg(len(train_steps)) AS steps_mean
 FROM (
     SELECT
         *,
-        list_sum(path_variance) AS summed_variance,
         bool_and(advantage = 0) OVER (PARTITION BY run_id, iteration, group_id) AS dead
     FROM {updates}
     QUALIFY row_number() OVER (PARTITION BY run_id, iteration, trajectory_id ORDER BY optimizer_step) = 1

@@ -25,7 +25,13 @@ LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(?:#[^)]*)?\)")
 # A shown run is executed with these settings in place of its hours: the command is the same.
 SHORTER = ["--set", "iterations=2", "--set", "eval.samples=16", "--set", "rollout.prompts_per_iteration=2"]
 
-SHORTER_PRETRAINING = ["--vae-steps=20", "--clean-steps=5", "--noisy-steps=5", "--pairs=512", "--repeats=1"]
+# The same for modules: what a page shows runs for minutes or hours, the test for seconds.
+SHORTER_MODULES = {
+    "pipelines.embedded.pretrain": ["--vae-steps=20", "--clean-steps=5", "--noisy-steps=5", "--pairs=512", "--repeats=1"],
+    "benchmarks.strings.pretrain": ["--vae-steps=20", "--clean-steps=5", "--noisy-steps=5", "--pairs=512", "--repeats=1"],
+    "benchmarks.steps_to_target": ["--summary"],
+    "benchmarks.steps_to_target.conditioning": ["--summary"],
+}
 
 
 def links(page: Path) -> list[tuple[str, str]]:
@@ -54,7 +60,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_one_trajectory_is_a_dozen_files_and_names_what_is_there() -> None:
     page = ROOT / "docs" / "one_trajectory.md"
     walked = [(text.strip("`"), page.parent / target) for text, target in links(page) if target.endswith(".py")]
-    assert 8 <= len({path for _, path in walked}) <= 12
+    assert 8 <= len({path for _, path in walked}) <= 14
     for name, path in walked:
         module, _, attribute = name.partition(".")
         assert module == path.stem
@@ -103,7 +109,8 @@ def runnable(words: list[str]) -> list[str]:
     `make test` is only read: we are running inside it.
     """
     if words[0] == "python":
-        return [sys.executable, *words[1:], *(SHORTER_PRETRAINING if "pipelines.embedded.pretrain" in words else [])]
+        quick = ["--iterations=1"] if "--quick" in words else SHORTER_MODULES.get(words[2], [])
+        return [sys.executable, *words[1:], *quick]
     assert words[0] == "make", f"the pages show a command that the tests do not know how to run: {words}"
     if words[1] == "test":
         return [*words, "--dry-run"]

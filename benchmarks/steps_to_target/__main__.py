@@ -21,13 +21,13 @@ QUICK_ARMS = ("flow_grpo", "forward_replay")
 QUICK_ITERATIONS = 30
 
 
-def quick(workers: int) -> None:
+def quick(workers: int, iterations: int) -> None:
     """One seed of two arms on the compositional task, at the learning rates of the committed search."""
     committed = grid.load()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "runs.parquet"
         rates = {name: grid.chosen_rate(committed, "compositional", ARMS[name]) for name in QUICK_ARMS}
-        wanted = [Spec("compositional", name, "main", 0, rate, QUICK_ITERATIONS, 6, 640) for name, rate in rates.items()]
+        wanted = [Spec("compositional", name, "main", 0, rate, iterations, 6, 640) for name, rate in rates.items()]
         grid.execute([(spec, {}) for spec in wanted], Path(folder), workers, path)
         print(json.dumps(analysis.summary(grid.load(path), samples=200)))
 
@@ -40,6 +40,7 @@ def main() -> None:
         "--json", action="store_true", help="print one object: {task: {arm: {iterations | generated | wall: ...}}}"
     )
     parser.add_argument("--quick", action="store_true", help="rerun one seed of two arms, in at most five minutes")
+    parser.add_argument("--iterations", type=int, default=QUICK_ITERATIONS, help="of --quick")
     parser.add_argument("--plots", type=Path, help="folder to draw pictures into")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--phases", nargs="+", default=list(grid.PHASES), choices=grid.PHASES)
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=work, help="folder for the stores of runs under way")
     arguments = parser.parse_args()
     if arguments.quick:
-        quick(arguments.workers)
+        quick(arguments.workers, arguments.iterations)
         return
     if not arguments.summary:
         grid.everything(arguments.tasks, arguments.phases, arguments.seeds, arguments.work, arguments.workers)

@@ -41,6 +41,7 @@ def _ablation(name: str, settings: Settings) -> Arm:
     return Arm(name, settings, 40, like="op_grpo")
 
 
+_ADAPTIVE: Settings = {"truncation": "adaptive", "prefix_steps": 5, "admission": "ess", "proportion": "signal"}
 _REUSE: Settings = {"algorithm": "op_grpo", "replay": {"members": 0, "reuse_iterations": 3}, "train": {"optimizer_steps": 8}}
 _UNGATED: Settings = {**_REUSE, "replay": {"members": 0, "reuse_iterations": 3, "reuse_ess": 0.0, "correction": "none"}}
 _FORWARD: Settings = {"objective": "forward", "optimizer_steps": 8}
@@ -50,14 +51,11 @@ MAIN: tuple[Arm, ...] = (
     Arm("op_grpo", {"algorithm": "op_grpo"}, 60),
     Arm(
         "op_grpo_adaptive",
-        {
-            "algorithm": "op_grpo",
-            "replay": {"truncation": "adaptive", "prefix_steps": 5, "admission": "ess", "proportion": "signal"},
-        },
+        {"algorithm": "op_grpo", "replay": _ADAPTIVE},
         60,
     ),
     Arm("group_reuse", _REUSE, 60, rates=(5e-5, 1e-4, 2e-4)),
-    Arm("forward_replay", {**_REUSE, "train": _FORWARD}, 40),
+    Arm("forward_replay", merged(_REUSE, {"train": _FORWARD}), 40),
     Arm("forward_replay_adaptive", {**_REUSE, "prompts": {"order": "regret"}, "train": _FORWARD}, 40),
 )
 
@@ -71,13 +69,24 @@ ABLATIONS: tuple[Arm, ...] = (
     _ablation("decay_none", {"replay": {"decay": 1.0}}),
     _ablation("epochs_2", {"train": {"epochs": 2}}),
     _ablation("epochs_4", {"train": {"epochs": 4}}),
-    *(_ablation(f"members_{n}", {"replay": {"members": n}}) for n in (0, 2, 4, 6, 7)),
+    *(_ablation(f"members_{n}", {"replay": {"members": n}}) for n in (0, 2, 3, 4, 5, 6, 7)),
+    _ablation("members_7_adaptive", {"replay": {**_ADAPTIVE, "members": 7}}),
 )
 
 LEVERS: tuple[Arm, ...] = (
     Arm("flow_grpo_8_steps", {"algorithm": "flow_grpo", "train": {"optimizer_steps": 8}}, 60, like="group_reuse"),
+    *(
+        Arm(f"group_reuse_last_{n}", merged(_REUSE, {"replay": {"reuse_iterations": n}}), 40, like="group_reuse")
+        for n in (1, 7)
+    ),
     Arm("group_reuse_ungated", _UNGATED, 40, like="group_reuse"),
     Arm("forward", {"algorithm": "flow_grpo", "train": _FORWARD}, 40, like="forward_replay"),
+    Arm(
+        "forward_replay_last_7",
+        merged(_REUSE, {"replay": {"reuse_iterations": 7}, "train": _FORWARD}),
+        40,
+        like="forward_replay",
+    ),
     Arm("forward_replay_ungated", merged(_UNGATED, {"train": _FORWARD}), 40, like="forward_replay"),
     Arm("group_reuse_regret", {**_REUSE, "prompts": {"order": "regret"}}, 60, like="group_reuse"),
     Arm(

@@ -16,7 +16,7 @@ from benchmarks.steps_to_target.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results" / "runs.parquet"
 PHASES = ("search", "main", "lever", "ablation", "map")
-SEEDS: Mapping[str, int] = {"main": 5, "lever": 3, "ablation": 3, "map": 3}
+SEEDS: Mapping[str, int] = {"main": 5, "lever": 3, "ablation": 3, "map": 2}
 SEARCH_ITERATIONS = 30
 MAP_ARMS = ("flow_grpo", "op_grpo", "forward_replay")
 MAP_ITERATIONS = 40
@@ -53,9 +53,13 @@ def specs(phase: str, task: str, results: pl.DataFrame, seeds: int) -> Iterator[
     arms = {"main": MAIN, "lever": LEVERS, "ablation": ABLATIONS}[phase]
     if phase != "main" and task != "compositional":
         return
+    every = 5 if phase == "main" else 8
     for seed in range(min(SEEDS[phase], seeds)):
         for arm in arms:
-            yield Spec(task, arm.name, phase, seed, chosen_rate(results, task, arm), arm.iterations, 5, TASKS[task].samples), {}
+            yield (
+                Spec(task, arm.name, phase, seed, chosen_rate(results, task, arm), arm.iterations, every, TASKS[task].samples),
+                {},
+            )
 
 
 def chosen_rate(results: pl.DataFrame, task: str, arm: Arm) -> float:

@@ -48,6 +48,7 @@ class PlanRule:
     weight: of continuations and reused members.
     reuse_ess: a reused member trains its longest prefix whose predicted effective sample size is at least this; 0: all of it.
     epochs: how often the batch is gone through; optimizer_steps: updates per epoch; microbatch: trajectories per forward pass.
+    step_members: fewer updates when there would be fewer members with an advantage in each than this; None: never fewer.
     window: only denoising steps k < window are trained; None trains all that have a density.
     step_fraction: each trajectory trains a random share of those steps, at least one.
     objective: which latents training reads: clipped reads the trained steps' states, forward only the sample x_T.
@@ -60,6 +61,7 @@ class PlanRule:
     reuse_ess: float
     epochs: int
     optimizer_steps: int
+    step_members: int | None
     microbatch: int
     window: int | None
     step_fraction: float
@@ -162,6 +164,13 @@ def trained_steps(row: dict[str, Any], rule: PlanRule) -> list[int]:
     return sorted(steps[i] for i in order[:count])
 
 
+def updates(live: int, rule: PlanRule) -> int:
+    """Optimizer steps per epoch, for so many members with an advantage: where the signal runs out, so do the updates."""
+    if rule.step_members is None:
+        return rule.optimizer_steps
+    return min(max(live // rule.step_members, 1), rule.optimizer_steps)
+
+
 def _deal(rows: Sequence[dict[str, Any]], rule: PlanRule) -> list[dict[str, Any]]:
     """Per epoch: shuffle by a hash of seed and id, then cut into optimizer steps and microsteps of near-equal size.
 
@@ -173,9 +182,9 @@ def _deal(rows: Sequence[dict[str, Any]], rule: PlanRule) -> list[dict[str, Any]
         shuffled = sorted(rows, key=lambda row: (derived_seed(seed, row["trajectory_id"]), row["trajectory_id"]))
         live = [row for row in shuffled if row["advantage"] != 0]
         order = live + [row for row in shuffled if row["advantage"] == 0]
-        steps: list[list[dict[str, Any]]] = [order[first :: rule.optimizer_steps] for first in range(rule.optimizer_steps)]
-        for number, members in enumerate(steps):
+        count = updates(len(live), rule)
+        for number, members in enumerate(order[first::count] for first in range(count)):
             for position, row in enumerate(members):
-                place = {"optimizer_step": epoch * rule.optimizer_steps + number, "microstep": position // rule.microbatch}
+                place = {"optimizer_step": epoch * count + number, "microstep": position // rule.microbatch}
                 dealt.append(row | place | {"rank": 0})
     return dealt

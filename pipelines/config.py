@@ -97,6 +97,7 @@ class RunConfig(Section):
             reuse_ess=replay.reuse_ess,
             epochs=train.epochs,
             optimizer_steps=train.optimizer_steps,
+            step_members=train.step_members,
             microbatch=train.microbatch,
             window=train.window,
             step_fraction=train.step_fraction,

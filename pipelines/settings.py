@@ -143,6 +143,9 @@ class TrainConfig(Section):
     forward: ForwardConfig = ForwardConfig()
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer_steps: int = Field(2, ge=1, description="updates per epoch")
+    step_members: int | None = Field(
+        None, ge=1, description="fewer updates rather than fewer members with an advantage in each than this; None: never fewer"
+    )
     epochs: int = Field(1, ge=1, description="how often an iteration goes through its batch")
     microbatch: int = Field(64, ge=1, description="trajectories per forward pass")
     window: int | None = Field(5, ge=1, description="train only the first so many denoising steps; None: all")

@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks.steps_to_target import analysis, grid
+from benchmarks.steps_to_target import analysis, grid, tables
 from benchmarks.steps_to_target.arms import ARMS
 from benchmarks.steps_to_target.runner import Spec
 from benchmarks.steps_to_target.tasks import TASKS
@@ -60,7 +60,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(analysis.summary(results)))
     else:
-        print(analysis.report(results))
+        print(tables.report(results))
     if arguments.plots:
         from benchmarks.steps_to_target import figures
 

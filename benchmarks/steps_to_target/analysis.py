@@ -19,8 +19,11 @@ COSTS: Mapping[str, str] = {
     "generated": "generated",
     "model_evaluations": "model_evaluations",
     "wall": "cpu_seconds",
+    "rollout": "rollout_seconds",
 }
-"""Name of a cost -> its column. wall is process time of one thread, evaluation left out: seconds on an idle core."""
+"""Name of a cost -> its column. wall is process time of one thread, evaluation left out: seconds on an idle core; rollout is
+the part of it that drew trajectories."""
+REPORTED = ("iterations", "generated", "model_evaluations", "wall")
 FINAL_POINTS = 2
 """Flow-GRPO's final level is the mean of its last so many evaluations, over seeds."""
 Curves = NDArray[np.float64]
@@ -109,7 +112,7 @@ def summary(results: pl.DataFrame, samples: int = 2000) -> dict[str, dict[str, d
         arms = dict(arms_of(results, task))
         if BASELINE in arms:
             told[task] = {
-                name: {cost: _one() if name == BASELINE else ratios(arm, arms[BASELINE], cost, samples) for cost in COSTS}
+                name: {cost: _one() if name == BASELINE else ratios(arm, arms[BASELINE], cost, samples) for cost in REPORTED}
                 for name, arm in arms.items()
             }
     return told
@@ -117,41 +120,3 @@ def summary(results: pl.DataFrame, samples: int = 2000) -> dict[str, dict[str, d
 
 def _one() -> dict[str, float | None]:
     return {"ratio": 1.0, "low": 1.0, "high": 1.0}
-
-
-def report(results: pl.DataFrame) -> str:
-    """Markdown tables: per task the ratios to Flow-GRPO's final level, the final rewards, and costs to fixed levels."""
-    parts = [f"{results['machine'].unique().to_list()}"]
-    for task, arms in summary(results).items():
-        found = dict(arms_of(results, task))
-        level = final_level(found[BASELINE])
-        parts.append(f"\n### {task}: Flow-GRPO ends at {level:.3f}\n")
-        levels = TASKS[task].levels
-        heads = ["arm", "seeds", "lr", "iterations", "model evaluations", "seconds", "last reward", "check"]
-        parts.append(_line(heads + [f"iterations to {fixed}" for fixed in levels]))
-        parts.append(_line(["---"] * (len(heads) + len(levels))))
-        for name, costs in arms.items():
-            arm = found[name]
-            rate = results.filter(task=task, arm=name).filter(pl.col("phase") != "search")["lr"][0]
-            mean = arm.reward.mean(0)
-            cells = [name, str(len(arm.reward)), f"{rate:.0e}"]
-            cells += [_interval(costs[cost]) for cost in ("iterations", "model_evaluations", "wall")]
-            cells += [f"{mean[-1]:.3f}", f"{arm.check.mean(0)[-1]:.3f}"]
-            cells += [_number(cost_to(fixed, mean, arm.costs["iterations"].mean(0))) for fixed in levels]
-            parts.append(_line(cells))
-    return "\n".join(parts)
-
-
-def _interval(told: Mapping[str, float | None]) -> str:
-    if told["ratio"] is None:
-        return "not reached"
-    high = "∞" if told["high"] is None else f"{told['high']:.2f}"
-    return f"{told['ratio']:.2f} ({told['low']:.2f}-{high})"
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if math.isfinite(value) else "—"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

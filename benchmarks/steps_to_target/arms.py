@@ -38,13 +38,13 @@ def merged(*layers: Settings) -> dict[str, Any]:
 
 
 def _ablation(name: str, settings: Settings) -> Arm:
-    return Arm(name, settings, 40, like="op_grpo")
+    return Arm(name, settings, 30, like="op_grpo")
 
 
 _ADAPTIVE: Settings = {"truncation": "adaptive", "prefix_steps": 5, "admission": "ess", "proportion": "signal"}
 _REUSE: Settings = {"algorithm": "op_grpo", "replay": {"members": 0, "reuse_iterations": 3}, "train": {"optimizer_steps": 8}}
 _UNGATED: Settings = {**_REUSE, "replay": {"members": 0, "reuse_iterations": 3, "reuse_ess": 0.0, "correction": "none"}}
-_FORWARD: Settings = {"objective": "forward", "optimizer_steps": 8}
+_FORWARD: Settings = {"objective": "forward", "forward": {"strength": 0.5}, "optimizer_steps": 8, "ema_decay": 0.5}
 
 MAIN: tuple[Arm, ...] = (
     Arm("flow_grpo", {"algorithm": "flow_grpo"}, 60),
@@ -55,8 +55,13 @@ MAIN: tuple[Arm, ...] = (
         60,
     ),
     Arm("group_reuse", _REUSE, 60, rates=(5e-5, 1e-4, 2e-4)),
-    Arm("forward_replay", merged(_REUSE, {"train": _FORWARD}), 40),
-    Arm("forward_replay_adaptive", {**_REUSE, "prompts": {"order": "regret"}, "train": _FORWARD}, 40),
+    Arm("forward_replay", merged(_REUSE, {"train": _FORWARD}), 40, rates=(5e-5, 1e-4, 2e-4)),
+    Arm(
+        "forward_replay_adaptive",
+        {**_REUSE, "prompts": {"order": "regret"}, "train": _FORWARD},
+        40,
+        rates=(5e-5, 1e-4, 2e-4),
+    ),
 )
 
 ABLATIONS: tuple[Arm, ...] = (

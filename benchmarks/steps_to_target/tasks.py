@@ -20,13 +20,14 @@ SEARCH_HELD_OUT = 64
 class Task:
     """One task. settings: of a `RunConfig`, policy, prompts and reward. check: the key of a reward's detail that is reported
     beside the reward and never trained on. levels: fixed levels of the reward for which costs are reported. samples: pictures
-    per evaluation, enough for a standard error of 0.01."""
+    per evaluation, enough for a standard error of 0.01. iterations: the longest run."""
 
     name: str
     settings: Mapping[str, Any]
     check: str
     levels: tuple[float, ...]
     samples: int
+    iterations: int
 
     @property
     def source(self) -> str:
@@ -43,6 +44,7 @@ TASKS: Mapping[str, Task] = {
             "strict",
             (0.6, 0.7, 0.8, 0.9),
             1280,
+            60,
         ),
         Task(
             "strings",
@@ -54,6 +56,7 @@ TASKS: Mapping[str, Task] = {
             "exact",
             (0.8, 0.85, 0.9, 0.95),
             640,
+            40,
         ),
         Task(
             "preference",
@@ -64,6 +67,7 @@ TASKS: Mapping[str, Task] = {
             "strict",
             (0.7, 0.75, 0.8, 0.85),
             640,
+            40,
         ),
     )
 }

@@ -162,6 +162,7 @@ def plan_rule(**changes: Any) -> PlanRule:
         "reuse_ess": 0.0,
         "epochs": 1,
         "optimizer_steps": 1,
+        "step_members": None,
         "microbatch": 1000,
         "window": None,
         "step_fraction": 1.0,

@@ -30,6 +30,7 @@ DECIDED = {
     "first_latent",
     "last_latent",
     "age",
+    "predicted_ess",
     "path_variance",
 }
 
@@ -81,7 +82,7 @@ def one_reused(rule: dict[str, Any] | None = None, *, steps: int = 3, **judged: 
     ],
 )
 def test_a_reused_member_trains_and_weighs_its_trusted_prefix(floor: float, window: int | None, kept: int) -> None:
-    judged = {"path_variance": [0.3, 0.3, 0.3], "old_logprob": [-1.5, -2.5, -0.25]}
+    judged: dict[str, Any] = {"path_variance": [0.3, 0.3, 0.3], "old_logprob": [-1.5, -2.5, -0.25]}
     row = one_reused({"reuse_ess": floor, "window": window}, **judged)
     if kept == 0:
         assert row is None
@@ -382,7 +383,7 @@ def test_step_subsets_are_uniform_and_follow_seed_and_trajectory() -> None:
 
 
 def test_a_reused_member_draws_its_steps_within_the_trusted_prefix_and_weighs_all_of_it() -> None:
-    judged = {"path_variance": [0.1] * 8, "old_logprob": [-1.25] * 8}
+    judged: dict[str, Any] = {"path_variance": [0.1] * 8, "old_logprob": [-1.25] * 8}
     row = one_reused({"reuse_ess": 0.5, "step_fraction": 0.5}, steps=8, **judged)
     assert row is not None
     assert len(row["train_steps"]) == 3  # of exp(-0.6) = 0.55: six
@@ -416,4 +417,26 @@ def test_a_trajectory_without_any_trainable_step_is_left_out() -> None:
     rows.append(located_row("x", transition_std=[0.0, 0.0, 0.0]))
     found = planned(rows, values | {"x": 9.0}, plan_rule())
     assert sorted(row["trajectory_id"] for row in found) == ["f00", "f01"]
-    assert [row["advantage"] for row in found if row["trajectory_id"] == "f00"][0] < -0.5  # x still counts for the group
+    assert next(row["advantage"] for row in found if row["trajectory_id"] == "f00") < -0.5  # x still counts for the group
+
+
+@pytest.mark.parametrize(
+    ("role", "expected"),
+    [
+        ("fresh", 1.0),
+        ("continuation", math.exp(-0.75)),
+        ("reused", math.exp(-0.75)),
+        ("reused, one step trusted", math.exp(-0.5)),
+    ],
+)
+def test_a_plan_predicts_the_sample_size_that_its_weights_leave(role: str, expected: float) -> None:
+    """exp(-Lambda) over just the steps that the weight counts."""
+    rows, values = fresh(2, iteration=1)
+    if role.startswith("reused"):
+        old = past(located_row("x"), path_variance=[0.5, 0.25, 9.0])
+        rule = plan_rule(reuse_ess=0.6 if "one" in role else 0.4)
+        found = planned(rows, values, rule, reused=old, iteration=1)
+    else:
+        prefix: dict[str, Any] = {"prefix_steps": 2, "path_variance": [0.5, 0.25]} if role == "continuation" else {}
+        found = planned([*rows, located_row("x", iteration=1, **prefix)], values | {"x": 1.0}, plan_rule(), iteration=1)
+    assert next(row["predicted_ess"] for row in found if row["trajectory_id"] == "x") == pytest.approx(expected, rel=1e-12)

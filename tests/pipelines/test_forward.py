@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipelines import sampler, weights
 from pipelines.config import ConfigError
 from pipelines.experiment import Experiment
 from pipelines.policies.sd3 import SD3Policy
+from pipelines.progress import Progress
 from pipelines.rollout import rollout
 from pipelines.score import score
 from pipelines.selection import select
@@ -39,6 +41,20 @@ def ready(folder: Path, **changes: Any) -> Experiment:
     score(experiment, 0)
     select(experiment, 0)
     return experiment
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of `ready` without changes. Do not change it: copy it."""
+    folder = tmp_path_factory.mktemp("prepared")
+    ready(folder)
+    return folder / "store"
+
+
+def copied(prepared: Path, folder: Path) -> Experiment:
+    """What `ready` gives without changes, as another process would open it."""
+    shutil.copytree(prepared, folder / "store")
+    return Experiment.open(str(folder / "store"), small(**FORWARD), Progress(quiet=True))
 
 
 def replan(experiment: Experiment, change: Callable[[Row], Row]) -> None:
@@ -92,8 +108,8 @@ def test_two_iterations_train_the_same_policy_twice(tmp_path: Path) -> None:
     assert ends[0] == ends[1]
 
 
-def test_rows_say_that_only_the_sample_is_read(tmp_path: Path) -> None:
-    experiment = ready(tmp_path)
+def test_rows_say_that_only_the_sample_is_read(prepared: Path, tmp_path: Path) -> None:
+    experiment = copied(prepared, tmp_path)
     plan = rows_of(experiment, "plans", 0)
     assert len(plan) == 8
     assert {(row["first_latent"], row["last_latent"]) for row in plan} == {(5, 5)}
@@ -101,11 +117,11 @@ def test_rows_say_that_only_the_sample_is_read(tmp_path: Path) -> None:
     assert all(row["ratio"] == row["clipped"] == row["kl"] == [] for row in updates(experiment).values())
 
 
-def test_every_other_latent_may_be_gone(tmp_path: Path) -> None:
+def test_every_other_latent_may_be_gone(prepared: Path, tmp_path: Path) -> None:
     """A byte of each of x_0..x_4 damaged: the same policy, and nobody notices. A byte of x_5: quarantine."""
-    whole = ready(tmp_path / "whole")
+    whole = copied(prepared, tmp_path / "whole")
     train(whole, 0)
-    experiment = ready(tmp_path / "damaged")
+    experiment = copied(prepared, tmp_path / "damaged")
     rows = rows_of(experiment, "trajectories", 0)
     for row in rows:
         location = LatentLocation.of(row)
@@ -116,7 +132,7 @@ def test_every_other_latent_may_be_gone(tmp_path: Path) -> None:
     train(experiment, 0)
     assert rows_of(experiment, "updates", 0)[0]["new_policy_id"] == rows_of(whole, "updates", 0)[0]["new_policy_id"]
     assert experiment.store.quarantined() == set()
-    other = ready(tmp_path / "sample")
+    other = copied(prepared, tmp_path / "sample")
     location = LatentLocation.of(next(row for row in rows_of(other, "trajectories", 0)))
     size = (location.length - location.header) // 6
     flipped(Path(other.store.directory.path(location.file)), location.offset + location.header + 5 * size + 7)
@@ -138,7 +154,7 @@ def noised(experiment: Experiment, row: Row, draw: int) -> tuple[Tensor, float, 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
 def test_loss_and_gradient_of_the_first_step(strength: float, tmp_path: Path) -> None:
-    """At theta = old: loss |v - (eps - x)|^2 / (beta D), gradient 2 (2r - 1) (v - (eps - x)) / D through v. r = (1 + clip(A/2)) / 2."""
+    """At theta = old: loss |v - t|^2 / (beta D), gradient 2 (2r - 1) (v - t) / D; t = eps - x, r = (1 + clip(A/2)) / 2."""
     experiment = ready(tmp_path, train={"forward": {"strength": strength, "draws": 3}}, replay={"reuse_ess": 0.0})
     replan(experiment, lambda row: {"importance_weight": 0.25 + (row["advantage"] > 0)})
     plan = rows_of(experiment, "plans", 0)
@@ -170,18 +186,19 @@ def test_loss_and_gradient_of_the_first_step(strength: float, tmp_path: Path) ->
     close(gradient(experiment), expected, 1e-3)
 
 
-def test_weights_multiply_the_loss(tmp_path: Path) -> None:
+def test_weights_multiply_the_loss(prepared: Path, tmp_path: Path) -> None:
     """Twice the weight: twice the loss of that trajectory. All weights 3: three times the gradient. Weight 0: none."""
     found = {}
     for name, weight in {
-        "one": lambda i: 1.0,
-        "some": lambda i: 1.0 + i % 2,
-        "all": lambda i: 3.0,
-        "none": lambda i: 0.0,
+        "one": [1.0] * 8,
+        "some": [1.0, 2.0] * 4,
+        "all": [3.0] * 8,
+        "none": [0.0] * 8,
     }.items():
-        experiment = ready(tmp_path / name)
+        experiment = copied(prepared, tmp_path / name)
         order = {row["trajectory_id"]: i for i, row in enumerate(rows_of(experiment, "plans", 0))}
-        replan(experiment, lambda row, order=order, weight=weight: {"importance_weight": weight(order[row["trajectory_id"]])})  # type: ignore[misc]
+        given = {t: {"importance_weight": weight[i]} for t, i in order.items()}
+        replan(experiment, lambda row, given=given: given[row["trajectory_id"]])  # type: ignore[misc]
         train(experiment, 0)
         losses = {order[t]: row["loss"] for t, row in updates(experiment).items()}
         found[name] = (losses, gradient(experiment))
@@ -204,11 +221,11 @@ def test_every_use_of_a_sample_draws_new_noise(tmp_path: Path) -> None:
     assert all(first[name] != pytest.approx(second[name], rel=1e-3) for name in first)
 
 
-def test_it_learns_from_the_difference_of_good_and_bad(tmp_path: Path) -> None:
+def test_it_learns_from_the_difference_of_good_and_bad(prepared: Path, tmp_path: Path) -> None:
     """With the signs of all advantages turned the gradient turns: 2r - 1 is odd in A."""
     gradients = []
     for sign in (1, -1):
-        experiment = ready(tmp_path / str(sign))
+        experiment = copied(prepared, tmp_path / str(sign))
         replan(experiment, lambda row, sign=sign: {"advantage": sign * row["advantage"]})  # type: ignore[misc]
         train(experiment, 0)
         gradients.append(gradient(experiment))
@@ -235,7 +252,7 @@ def test_continuations_and_reused_groups_train_too(tmp_path: Path) -> None:
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(
-        ConfigError, match="train.objective forward has no ratios and no denoising steps: leave train.ratio_norm"
+        ConfigError, match=r"train\.objective forward has no ratios and no denoising steps: leave train.ratio_norm"
     ):
         small(train={"objective": "forward", **changes})
     assert small(train={"objective": "clipped", **changes}).train.objective == "clipped"

@@ -405,9 +405,7 @@ def test_a_chain_through_the_store(tmp_path: Path) -> None:
     text = experiment.prompt_of[ancestor["prompt_id"]].text
     first = latents_of(experiment, ancestor)
     states, sigmas = first[:3], torch.as_tensor(grid.sigmas[:3])
-    by_policy = []
-    for iteration in range(6):
-        by_policy.append(velocities(policy_of(experiment, iteration), states, sigmas, text).double())
+    by_policy = [velocities(policy_of(experiment, i), states, sigmas, text).double() for i in range(6)]
     parent = ancestor
     for row in chain:
         assert row["parent_id"] == parent["trajectory_id"]
@@ -567,7 +565,7 @@ def test_reuse_with_a_floor_trains_only_what_is_trusted(tmp_path: Path) -> None:
 
 
 def test_prefixes_are_read_back_as_they_were(reusing: Experiment) -> None:
-    """What the sampler's noise is for: m_b = x' - s eps of the seeds stored with reused rows gives lambda 0 for their author."""
+    """Judged by the very policy that drew it, from its stored seeds, a trajectory has lambda 0 and its own densities."""
     row = next(row for row in rows_of(reusing, "trajectories", 2) if row["prefix_steps"] == 0)
     policy = policy_of(reopened(reusing), 2)
     grid = grid_of(policy, reusing.config)

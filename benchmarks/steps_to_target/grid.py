@@ -53,13 +53,11 @@ def specs(phase: str, task: str, results: pl.DataFrame, seeds: int) -> Iterator[
     arms = {"main": MAIN, "lever": LEVERS, "ablation": ABLATIONS}[phase]
     if phase != "main" and task != "compositional":
         return
-    every = 5 if phase == "main" else 8
+    every, found = 5 if phase == "main" else 6, TASKS[task]
     for seed in range(min(SEEDS[phase], seeds)):
         for arm in arms:
-            yield (
-                Spec(task, arm.name, phase, seed, chosen_rate(results, task, arm), arm.iterations, every, TASKS[task].samples),
-                {},
-            )
+            rate, last = chosen_rate(results, task, arm), min(arm.iterations, found.iterations)
+            yield Spec(task, arm.name, phase, seed, rate, last, every, found.samples), {}
 
 
 def chosen_rate(results: pl.DataFrame, task: str, arm: Arm) -> float:

@@ -113,7 +113,7 @@ def init(
 
 
 def _importing(overrides: list[str] | None, import_buffer: str | None) -> list[str]:
-    return [*(overrides or ()), *([] if import_buffer is None else [f"replay.import_buffer={import_buffer}"])]
+    return [*(overrides or ()), *([] if import_buffer is None else [f"replay.import_buffer={json.dumps(import_buffer)}"])]
 
 
 def _stage(name: str, path: str, which: Callable[[Experiment, int | None], int | None], summary: str) -> None:

@@ -58,7 +58,8 @@ def select(
     previous, found and the result have the schema BUFFERS. The selection is a SELECT over the table `entries` (all of them,
     with age and decayed_reward; see queries/entries.sql) that returns a column trajectory_id, best first;
     getvariable('members'), ('iteration') and ('seed') hold the rule's numbers. Rewards that are not finite, and trajectories
-    in `excluded`, are no entries. Raises StoreError when a user's SQL fails or names a trajectory that is no entry.
+    in `excluded`, are no entries. Raises StoreError when a user's SQL fails or names a trajectory that is no entry, ValueError
+    when it is no SELECT.
     """
     with duckdb.connect(":memory:", config={"enable_external_access": "false"}) as connection:
         connection.register("previous", previous)
@@ -79,19 +80,32 @@ def select(
     return snapshot
 
 
+def check_selection(selection: str) -> None:
+    """Raise ValueError unless `selection` is one of SELECTIONS, or one SELECT."""
+    if selection in SELECTIONS:
+        return
+    wanted = f"choose one of {SELECTIONS}, or give SQL, one SELECT over the table entries; got {selection!r}"
+    try:
+        statements = duckdb.extract_statements(selection)
+    except duckdb.Error as error:
+        raise ValueError(f"{wanted} ({' '.join(str(error).split())})") from error
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        raise ValueError(wanted)
+
+
 def _chosen(connection: duckdb.DuckDBPyConnection, selection: str) -> pa.Table:
     """What the selection returns: trajectory_id and its position, duplicates dropped."""
     named = selection in SELECTIONS
     query = QUERIES.joinpath(f"select_{selection}.sql").read_text() if named else selection
+    check_selection(selection)
     try:
-        statements = connection.extract_statements(query)
-        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-            raise StoreError(f"replay.selection must be one SELECT, or one of {SELECTIONS}; got {selection!r}")
         found = connection.sql(query).to_arrow_table()
     except duckdb.Error as error:
         raise StoreError(f"replay.selection: {' '.join(str(error).split())}; the query was {selection!r}") from error
-    if "trajectory_id" not in found.column_names:
-        raise StoreError(f"replay.selection must return a column trajectory_id, it returned {found.column_names}")
+    if found.column_names.count("trajectory_id") != 1 or not pa.types.is_string(found.schema.field("trajectory_id").type):
+        raise StoreError(
+            f"replay.selection must return one text column trajectory_id, it returned {dict(zip(found.column_names, map(str, found.schema.types), strict=True))}"
+        )
     ids = list(dict.fromkeys(found["trajectory_id"].to_pylist()))
     known = {row for (row,) in connection.execute("SELECT trajectory_id FROM entries").fetchall()}
     if strangers := [name for name in ids if name not in known]:

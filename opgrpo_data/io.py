@@ -50,6 +50,12 @@ class Directory:
         self.local = isinstance(self.filesystem, LocalFileSystem)
         self.url = self.root if self.local else url
 
+    def same_as(self, other: Directory) -> bool:
+        """Whether both are one place, by another name perhaps."""
+        if self.local and other.local:
+            return Path(self.root).resolve() == Path(other.root).resolve()
+        return self.local == other.local and self.root == other.root and self.url.rstrip("/") == other.url.rstrip("/")
+
     def path(self, relative: str) -> str:
         """The filesystem's own path of `relative`; refuses to leave the directory."""
         if relative.startswith("/") or ".." in relative.split("/"):

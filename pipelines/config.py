@@ -110,6 +110,8 @@ def _rollout_refusals(config: RunConfig) -> Iterator[str]:
     rollout = config.rollout
     if rollout.sampler == "flow_cps" and rollout.noise_level >= 1:
         yield f"rollout.noise_level {rollout.noise_level} must be below 1 for flow_cps"
+    if rollout.sampler == "flow_cps" and rollout.num_steps == 1:
+        yield "rollout.num_steps 1: the last step of flow_cps has no noise, hence no density; take at least 2"
 
 
 def _train_refusals(config: RunConfig) -> Iterator[str]:
@@ -156,6 +158,8 @@ def _replay_refusals(config: RunConfig) -> Iterator[str]:
             f"replay.correction {replay.correction} has no importance weights to normalise or to damp: "
             f"leave replay.weight_normalised and replay.variance_budget at their defaults, or correct by sequence"
         )
+    if replay.correction == "step" and config.train.objective == "forward":
+        yield "replay.correction step puts the behaviour policy into the ratio, of which train.objective forward has none"
     if replay.correction == "step" and config.train.ratio_norm:
         yield "train.ratio_norm centres the ratio on the old policy, replay.correction step on the behaviour policy: choose one"
 
@@ -211,7 +215,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return "rollout.sampler: ode has no noise, hence no density and no ratio to train with; evaluation uses it by itself"
     if problem["type"] != "extra_forbidden":
         given = "" if problem["type"] in ("missing", "value_error") else f", got {problem['input']!r}"
-        return f"{key}: {problem['msg']}{given}" if key else str(problem["msg"]).removeprefix("Value error, ")
+        said = str(problem["msg"]).removeprefix("Value error, ")
+        return f"{key}: {said}{given}" if key else said
     known = list(_known_keys(RunConfig))
     by_last_part = {name.rpartition(".")[2]: name for name in known}
     near = difflib.get_close_matches(key, known, n=1) or [

@@ -40,7 +40,7 @@ def import_buffer(store: Store, config: RunConfig, prompts: Sequence[Prompt]) ->
     chosen = buffer.select(
         BUFFERS.empty_table(), found, source.quarantined(), run_id=config.run_id, iteration=-1, rule=config.buffer_rule
     )
-    if source.directory.url != store.directory.url:
+    if not source.directory.same_as(store.directory):
         chosen = _copied(source, store, chosen, iteration_folder("trajectories", folder, BEFORE))
     store.publish_table(path, chosen)
     return path
@@ -72,8 +72,11 @@ def _differences(theirs: Mapping[str, Any], ours: RunConfig) -> list[str]:
     """The settings in which a run's trajectories or rewards are not comparable with ours."""
     mine = ours.model_dump(mode="json")
     compared = [("policy", "family"), ("policy", "model"), ("reward", "name"), ("reward", "options")]
-    compared += [("rollout", name) for name in ("sampler", "num_steps", "noise_level")]
-    return [f"{section}.{name}" for section, name in compared if theirs[section][name] != mine[section][name]]
+    # A prefix rounded to another dtype is no longer the prefix that its densities were evaluated on.
+    compared += [("rollout", name) for name in ("sampler", "num_steps", "noise_level", "storage_dtype")]
+    found = [f"{section}.{name}" for section, name in compared if theirs[section][name] != mine[section][name]]
+    guidance = [run["policy"]["options"].get("guidance_scale") for run in (theirs, mine)]
+    return found + (["policy.options.guidance_scale"] if guidance[0] != guidance[1] else [])
 
 
 def _copied(source: Store, store: Store, chosen: pa.Table, folder: str) -> pa.Table:

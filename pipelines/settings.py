@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo, field_validator
 
-from opgrpo_data.buffer import SELECTIONS
+from opgrpo_data.buffer import SELECTIONS, check_selection
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -107,10 +107,7 @@ class ReplayConfig(Section):
     @field_validator("selection")
     @classmethod
     def _known_or_sql(cls, selection: str) -> str:
-        if selection not in SELECTIONS and selection.split(maxsplit=1)[:1] not in (["SELECT"], ["WITH"], ["select"], ["with"]):
-            raise ValueError(
-                f"unknown selection {selection!r}: choose one of {SELECTIONS}, or give SQL that begins with SELECT"
-            )
+        check_selection(selection)
         return selection
 
 

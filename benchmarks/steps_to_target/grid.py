@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
+from benchmarks.steps_to_target.analysis import BASELINE, cost_to
 from benchmarks.steps_to_target.arms import ABLATIONS, ARMS, LEVERS, MAIN, Arm, Settings
 from benchmarks.steps_to_target.runner import Spec, run
 from benchmarks.steps_to_target.tasks import TASKS
@@ -41,7 +42,7 @@ def specs(phase: str, task: str, results: pl.DataFrame, seeds: int) -> Iterator[
     if phase == "search":
         for arm in MAIN:
             for rate in arm.rates:
-                yield Spec(task, arm.name, phase, 0, rate, SEARCH_ITERATIONS, SEARCH_ITERATIONS, 1024), {}
+                yield Spec(task, arm.name, phase, 0, rate, SEARCH_ITERATIONS, 10, 1024), {}
         return
     if phase == "map":
         for setting, extra in MAP.items() if task == "compositional" else ():
@@ -61,9 +62,19 @@ def specs(phase: str, task: str, results: pl.DataFrame, seeds: int) -> Iterator[
 
 
 def chosen_rate(results: pl.DataFrame, task: str, arm: Arm) -> float:
-    """The learning rate with the best held-out reward on the search prompts at the end of its run; of equals the lower."""
-    found = results.filter(phase="search", task=task, arm=arm.like or arm.name, iteration=SEARCH_ITERATIONS)
-    return float(found.sort("reward", "lr", descending=[True, False])["lr"][0])
+    """The learning rate that first reaches the target on the search prompts: the best reward that Flow-GRPO ends its search with.
+
+    Where no rate reaches it, the one that ends highest; of equals the lower.
+    """
+    found = results.filter(phase="search", task=task).sort("iteration")
+    last = found.filter(iteration=SEARCH_ITERATIONS)
+    target = float(last.filter(arm=BASELINE)["reward"].to_numpy().max())
+    ranked = []
+    for (rate,), points in found.filter(arm=arm.like or arm.name).group_by("lr"):
+        points = points.sort("iteration")
+        reward, at = points["reward"].to_numpy(), points["iteration"].to_numpy().astype(float)
+        ranked.append((cost_to(target, reward, at), -float(reward[-1]), float(str(rate))))
+    return min(ranked)[2]
 
 
 def execute(wanted: Sequence[tuple[Spec, Settings]], folder: Path, workers: int, path: Path = RESULTS) -> None:

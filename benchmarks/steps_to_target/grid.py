@@ -62,7 +62,7 @@ def specs(phase: str, task: str, results: pl.DataFrame, seeds: int) -> Iterator[
 
 
 def chosen_rate(results: pl.DataFrame, task: str, arm: Arm) -> float:
-    """The learning rate that first reaches the target on the search prompts: the best reward that Flow-GRPO ends its search with.
+    """The learning rate that first reaches the target on the search prompts: the best reward with which Flow-GRPO ends there.
 
     Where no rate reaches it, the one that ends highest; of equals the lower.
     """

@@ -103,9 +103,8 @@ def _chosen(connection: duckdb.DuckDBPyConnection, selection: str) -> pa.Table:
     except duckdb.Error as error:
         raise StoreError(f"replay.selection: {' '.join(str(error).split())}; the query was {selection!r}") from error
     if found.column_names.count("trajectory_id") != 1 or not pa.types.is_string(found.schema.field("trajectory_id").type):
-        raise StoreError(
-            f"replay.selection must return one text column trajectory_id, it returned {dict(zip(found.column_names, map(str, found.schema.types), strict=True))}"
-        )
+        returned = ", ".join(f"{field.name} ({field.type})" for field in found.schema)
+        raise StoreError(f"replay.selection must return one text column trajectory_id, it returned {returned}")
     ids = list(dict.fromkeys(found["trajectory_id"].to_pylist()))
     known = {row for (row,) in connection.execute("SELECT trajectory_id FROM entries").fetchall()}
     if strangers := [name for name in ids if name not in known]:

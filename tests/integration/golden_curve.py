@@ -1,6 +1,7 @@
 """The golden curve: what three iterations on the embedded world come to.
 
-`python -m tests.integration.golden_curve` writes it anew. Do so only when the numbers are meant to change, and say why in the commit.
+`python -m tests.integration.golden_curve` writes it anew. Do so only when the numbers are meant to change, and say why in
+the commit.
 """
 
 from __future__ import annotations

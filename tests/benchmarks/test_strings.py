@@ -172,6 +172,6 @@ def test_the_policy_starts_where_its_log_says(policy: sd3.SD3Policy) -> None:
     for now, following in itertools.pairwise(sigmas.unbind()):
         x = x + (following - now) * policy.velocity(x, now.expand(len(x)), condition)
     scores = reward.exact().score(policy.decode(x), [p.text for p in chosen], [{"string": p.string} for p in chosen])
-    # 128 samples: three standard errors of the mean.
+    # 128 samples: at least three standard errors of the mean.
     assert np.mean([s.detail["edit"] for s in scores]) == pytest.approx(logged["edit"], abs=0.08)
     assert np.mean([s.value for s in scores]) == pytest.approx(logged["exact"], abs=0.125)

@@ -57,9 +57,9 @@ def select(
 
     previous, found and the result have the schema BUFFERS. The selection is a SELECT over the table `entries` (all of them,
     with age and decayed_reward; see queries/entries.sql) that returns a column trajectory_id, best first;
-    getvariable('members'), ('iteration') and ('seed') hold the rule's numbers. Rewards that are not finite, and trajectories
-    in `excluded`, are no entries. Raises StoreError when a user's SQL fails or names a trajectory that is no entry, ValueError
-    when it is no SELECT.
+    getvariable('members'), ('iteration') and ('seed') hold the rule's numbers. Of each prompt the first `members` stay. Rewards
+    that are not finite, and trajectories in `excluded`, are no entries. Raises StoreError when a user's SQL fails or names a
+    trajectory that is no entry.
     """
     with duckdb.connect(":memory:", config={"enable_external_access": "false"}) as connection:
         connection.register("previous", previous)
@@ -71,7 +71,10 @@ def select(
             connection.execute(f"SET VARIABLE {name} = {int(number)}")
         connection.execute("SET lock_configuration=true")
         connection.register("chosen", _chosen(connection, rule.selection))
-        kept = connection.sql("SELECT e.* FROM entries e JOIN chosen USING (trajectory_id) ORDER BY position").to_arrow_table()
+        kept = connection.sql(
+            "SELECT e.* FROM entries e JOIN chosen USING (trajectory_id) "
+            "QUALIFY row_number() OVER (PARTITION BY prompt_id ORDER BY position) <= getvariable('members') ORDER BY position"
+        ).to_arrow_table()
     snapshot = conform(kept, BUFFERS)
     for name, value in (("run_id", run_id), ("iteration", iteration)):
         index = BUFFERS.get_field_index(name)
@@ -81,9 +84,16 @@ def select(
 
 
 def check_selection(selection: str) -> None:
-    """Raise ValueError unless `selection` is one of SELECTIONS, or one SELECT."""
+    """Raise ValueError unless `selection` is one of SELECTIONS, or one SELECT that finds trajectory_id in `entries`."""
+    if selection not in SELECTIONS:
+        nothing = BUFFERS.empty_table()
+        select(nothing, nothing, set(), run_id="", iteration=0, rule=BufferRule(1.0, "multiplicative", selection))
+
+
+def _query(selection: str) -> str:
+    """The SQL of a selection. Raises ValueError unless it is one SELECT."""
     if selection in SELECTIONS:
-        return
+        return QUERIES.joinpath(f"select_{selection}.sql").read_text()
     wanted = f"choose one of {SELECTIONS}, or give SQL, one SELECT over the table entries; got {selection!r}"
     try:
         statements = duckdb.extract_statements(selection)
@@ -91,13 +101,12 @@ def check_selection(selection: str) -> None:
         raise ValueError(f"{wanted} ({' '.join(str(error).split())})") from error
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         raise ValueError(wanted)
+    return selection
 
 
 def _chosen(connection: duckdb.DuckDBPyConnection, selection: str) -> pa.Table:
     """What the selection returns: trajectory_id and its position, duplicates dropped."""
-    named = selection in SELECTIONS
-    query = QUERIES.joinpath(f"select_{selection}.sql").read_text() if named else selection
-    check_selection(selection)
+    query = _query(selection)
     try:
         found = connection.sql(query).to_arrow_table()
     except duckdb.Error as error:

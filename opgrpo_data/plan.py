@@ -48,7 +48,7 @@ class PlanRule:
     weight: of continuations and reused members.
     reuse_ess: a reused member trains its longest prefix whose predicted effective sample size is at least this; 0: all of it.
     epochs: how often the batch is gone through; optimizer_steps: updates per epoch; microbatch: trajectories per forward pass.
-    step_members: fewer updates when there would be fewer members with an advantage in each than this; None: never fewer.
+    lr_by_signal: the learning rate is scaled by the share of this iteration's groups whose rewards differ.
     window: only denoising steps k < window are trained; None trains all that have a density.
     step_fraction: each trajectory trains a random share of those steps, at least one.
     objective: which latents training reads: clipped reads the trained steps' states, forward only the sample x_T.
@@ -61,7 +61,7 @@ class PlanRule:
     reuse_ess: float
     epochs: int
     optimizer_steps: int
-    step_members: int | None
+    lr_by_signal: bool
     microbatch: int
     window: int | None
     step_fraction: float
@@ -85,25 +85,34 @@ def build_plan(
             on="trajectory_id",
         )
         .filter(pl.col("reward").is_finite() & ~pl.col("trajectory_id").is_in(list(excluded)))
-        .sort("trajectory_id")  # a join keeps no order, and sums depend on it in their last bit
+        # A join keeps no order, and sums depend on it in their last bit. trajectory_id would order by the run's name.
+        .sort("prompt_id", "member_index", "trajectory_id")
     )
     if members.is_empty():
         raise StoreError("no trajectory of this iteration has a usable reward: see the view reward_errors")
     fresh = members.with_columns(
         advantage=advantages(rule).clip(-rule.advantage_clip, rule.advantage_clip),
         prefix_steps=pl.col("prefix_steps").fill_null(0),
+        born_iteration=pl.col("iteration"),
         role=pl.when(pl.col("prefix_steps") > 0).then(pl.lit("continuation")).otherwise(pl.lit("fresh")),
     )
     rows = conform(fresh.to_arrow(), PLANS).to_pylist()
     rows += [row for row in reused.to_pylist() if row["trajectory_id"] not in excluded]
     for row in rows:
-        row["age"] = iteration - row["iteration"]
+        row["age"] = iteration - row["born_iteration"]
         row["train_steps"] = trained_steps(row, rule)
     rows = [row for row in rows if row["train_steps"]]
+    scale = lr_scale(rows, rule)
     for row, weight in zip(rows, importance_weights(rows, rule.weight), strict=True):
         sample = len(row["transition_std"])
         first, last = (0, row["train_steps"][-1] + 1) if rule.objective == "clipped" else (sample, sample)
-        row |= {"importance_weight": weight, "iteration": iteration, "first_latent": first, "last_latent": last}
+        row |= {
+            "importance_weight": weight,
+            "lr_scale": scale,
+            "iteration": iteration,
+            "first_latent": first,
+            "last_latent": last,
+        }
         row["predicted_ess"] = importance.predicted_ess((row["path_variance"] or [])[: off_policy_steps(row)])
     return pa.Table.from_pylist(_deal(rows, rule), schema=PLANS)
 
@@ -113,7 +122,9 @@ def advantages(rule: PlanRule) -> pl.Expr:
     reward = pl.col("reward")
     centred = reward - reward.mean().over("group_id")
     spread = reward.std(ddof=0).over("group_id") if rule.advantage_std == "group" else reward.std(ddof=0)
-    return centred / (spread + ADVANTAGE_DELTA)
+    # Equal rewards leave a rounding error that is no advantage: such a group is dead.
+    dead = (reward.max() == reward.min()).over("group_id")
+    return pl.when(dead).then(0.0).otherwise(centred / (spread + ADVANTAGE_DELTA))
 
 
 def off_policy_steps(row: dict[str, Any]) -> int:
@@ -160,15 +171,24 @@ def trained_steps(row: dict[str, Any], rule: PlanRule) -> list[int]:
     if rule.step_fraction == 1 or not steps:
         return steps
     count = max(1, round(rule.step_fraction * len(steps)))
-    order = np.random.default_rng(derived_seed(rule.seed, "steps", row["trajectory_id"])).permutation(len(steps))
+    order = np.random.default_rng(derived_seed(rule.seed, "steps", *origin(row))).permutation(len(steps))
     return sorted(steps[i] for i in order[:count])
 
 
-def updates(live: int, rule: PlanRule) -> int:
-    """Optimizer steps per epoch, for so many members with an advantage: where the signal runs out, so do the updates."""
-    if rule.step_members is None:
-        return rule.optimizer_steps
-    return min(max(live // rule.step_members, 1), rule.optimizer_steps)
+def origin(row: dict[str, Any]) -> tuple[int, str, int]:
+    """What tells a trajectory from every other of its run, whatever the run is called: random choices go by this."""
+    return (row["born_iteration"], row["prompt_id"], row["member_index"])
+
+
+def lr_scale(rows: Sequence[dict[str, Any]], rule: PlanRule) -> float:
+    """Share of the iteration's own groups in which some member has an advantage; 1 unless `lr_by_signal`.
+
+    The gradient of a batch shrinks with its dead groups, but Adam divides by its size: without this, what is left of the
+    signal when nearly all groups succeed is taken in steps as large as at the start, and most of such a step is noise.
+    """
+    own = [row for row in rows if row["role"] != "reused"]
+    live = {row["group_id"] for row in own if row["advantage"] != 0}
+    return len(live) / len({row["group_id"] for row in own}) if rule.lr_by_signal and own else 1.0
 
 
 def _deal(rows: Sequence[dict[str, Any]], rule: PlanRule) -> list[dict[str, Any]]:
@@ -182,7 +202,7 @@ def _deal(rows: Sequence[dict[str, Any]], rule: PlanRule) -> list[dict[str, Any]
         shuffled = sorted(rows, key=lambda row: (derived_seed(seed, row["trajectory_id"]), row["trajectory_id"]))
         live = [row for row in shuffled if row["advantage"] != 0]
         order = live + [row for row in shuffled if row["advantage"] == 0]
-        count = updates(len(live), rule)
+        count = rule.optimizer_steps
         for number, members in enumerate(order[first::count] for first in range(count)):
             for position, row in enumerate(members):
                 place = {"optimizer_step": epoch * count + number, "microstep": position // rule.microbatch}

@@ -57,15 +57,19 @@ class RunConfig(Section):
         return self
 
     @property
-    def run_id(self) -> str:
-        """Name and hash of every setting that changes what is trained: a longer run of the same settings, or one that is
-        evaluated otherwise, is the same run."""
-        identity = self.model_dump(
-            mode="json", exclude={"name": True, "iterations": True, "eval": True, "train": {"keep_states"}}
-        )
+    def identity(self) -> dict[str, Any]:
+        """Every setting that changes what is trained and is not at its default: a longer run of the same settings, or one
+        that is evaluated otherwise, is the same run, and so is one made before a setting existed."""
+        identity = self.model_dump(mode="json", exclude={"name", "iterations", "eval"}, exclude_defaults=True)
+        identity.get("train", {}).pop("keep_states", None)
         if self.algorithm == "flow_grpo":
-            del identity["replay"]
-        return ids.run_id(self.name, identity)
+            identity.pop("replay", None)
+        return {name: value for name, value in identity.items() if value != {}}
+
+    @property
+    def run_id(self) -> str:
+        """Name and hash of `identity`."""
+        return ids.run_id(self.name, self.identity)
 
     @property
     def eval_reward(self) -> RewardConfig:
@@ -97,7 +101,7 @@ class RunConfig(Section):
             reuse_ess=replay.reuse_ess,
             epochs=train.epochs,
             optimizer_steps=train.optimizer_steps,
-            step_members=train.step_members,
+            lr_by_signal=train.lr_by_signal,
             microbatch=train.microbatch,
             window=train.window,
             step_fraction=train.step_fraction,
@@ -110,8 +114,8 @@ def _rollout_refusals(config: RunConfig) -> Iterator[str]:
     rollout = config.rollout
     if rollout.sampler == "flow_cps" and rollout.noise_level >= 1:
         yield f"rollout.noise_level {rollout.noise_level} must be below 1 for flow_cps"
-    if rollout.sampler == "flow_cps" and rollout.num_steps == 1:
-        yield "rollout.num_steps 1: the last step of flow_cps has no noise, hence no density; take at least 2"
+    if rollout.sampler in ("flow_cps", "wan_sde") and rollout.num_steps == 1:
+        yield f"rollout.num_steps 1: the only step of {rollout.sampler} would have no noise, hence no density; take at least 2"
 
 
 def _train_refusals(config: RunConfig) -> Iterator[str]:

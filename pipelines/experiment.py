@@ -6,6 +6,7 @@ import itertools
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from opgrpo_data.io import Directory
 from opgrpo_data.store import Store, iteration_folder
 from pipelines.config import RunConfig
 from pipelines.groups import prompts_of
-from pipelines.imports import import_buffer
+from pipelines.imports import import_buffer, open_source
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt, load_prompts, thinned
 from pipelines.rewards.base import REWARDS, Reward, checked
@@ -63,6 +64,7 @@ class Experiment:
             return experiment
         prompts = load_prompts(config.prompts.source)
         prompts_of(config, _limited(prompts, config)["train"], 0, {})  # refuses too few before anything is made
+        source = open_source(config)
         policy = _load_policy(config)  # may fail: before anything is made, too
         experiment = cls(Store.create(url), config, progress)
         experiment.policy = policy
@@ -73,8 +75,9 @@ class Experiment:
         base_id = experiment.learner(0).policy_id
         experiment.register_policy(base_id, None, iteration=0, kind="base", weights=None)
         document = {"config": config.model_dump(mode="json"), "base_policy_id": base_id, "prompts": paths}
-        if config.replay.import_buffer is not None:
-            document["imported_buffer"] = import_buffer(experiment.store, config, _limited(prompts, config)["train"])
+        if source is not None:
+            reward, train = experiment.reward(config.reward), _limited(prompts, config)["train"]
+            document["imported_buffer"] = import_buffer(source, experiment.store, config, base_id, reward, train, progress)
         experiment.store.add_run(experiment.run_id, document | {"command": sys.argv, "software": software()})
         return experiment
 
@@ -87,6 +90,11 @@ class Experiment:
             raise StoreError(
                 f"the store {url} has no run {experiment.run_id}; it has {known}. Register it with `opgrpo init`, "
                 f"or use the config and overrides of the run you mean"
+            )
+        if changed := _changed(experiment.document["config"], config.model_dump(mode="json")):
+            raise StoreError(
+                f"run {experiment.run_id} began with other defaults than this version's: {'; '.join(changed)}. "
+                f"Set them to what they were, or init a run of another name"
             )
         return experiment
 
@@ -220,6 +228,17 @@ def trained_iterations(url: str, config: RunConfig) -> int:
 
 def _limited(prompts: dict[str, list[Prompt]], config: RunConfig) -> dict[str, list[Prompt]]:
     return prompts | {"train": thinned(prompts["train"], config.prompts.limit or len(prompts["train"]))}
+
+
+def _changed(began: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    """Settings that both have and that differ, those aside that a run may change: a new version may have another default."""
+    told: list[str] = []
+    for name in began.keys() & now.keys() - ({"iterations", "eval", "keep_states"}):
+        if isinstance(began[name], dict) and isinstance(now[name], dict):
+            told += _changed(began[name], now[name], f"{where}{name}.")
+        elif began[name] != now[name]:
+            told.append(f"{where}{name} was {began[name]!r}, is {now[name]!r}")
+    return sorted(told)
 
 
 def _load_policy(config: RunConfig) -> Policy:

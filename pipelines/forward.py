@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opgrpo_data import ids
+from opgrpo_data.plan import origin
 from pipelines import objective, sampler
 from pipelines.experiment import Experiment
 from pipelines.learner import Learner
@@ -51,7 +52,7 @@ def _per_row(rows: Rows, name: str, device: torch.device) -> Tensor:
 
 
 def _seed(experiment: Experiment, row: dict[str, Any], draw: int) -> int:
-    where = (row["iteration"], row["optimizer_step"], row["trajectory_id"], draw)
+    where = (row["iteration"], row["optimizer_step"], *origin(row), draw)
     return ids.derived_seed(experiment.config.seed, "forward", *where)
 
 

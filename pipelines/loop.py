@@ -110,7 +110,7 @@ def estimate(config: RunConfig, trained: int) -> dict[str, Any]:
         "iterations_to_do": missing,
         "trajectories": trajectories,
         "denoising_steps": trajectories * rollout.num_steps,
-        "optimizer_steps": missing * config.train.optimizer_steps,
+        "optimizer_steps": missing * config.train.epochs * config.train.optimizer_steps,
         "evaluation_samples_each": config.eval.samples,
     }
 

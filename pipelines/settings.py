@@ -5,6 +5,7 @@ Units and the meaning of None stand beside each field.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo, field_validator
@@ -104,6 +105,12 @@ class ReplayConfig(Section):
     reuse_iterations: int = Field(0, ge=0, description="group reuse: the groups of so many past iterations join the batch")
     reuse_ess: float = Field(0.37, ge=0, lt=1, description="a reused member trains its longest prefix above this; 0: all of it")
 
+    @field_validator("import_buffer")
+    @classmethod
+    def _one_name(cls, url: str | None) -> str | None:
+        """A local store has one name, whichever folder it is named from."""
+        return url if url is None or "://" in url else str(Path(url).resolve())
+
     @field_validator("selection")
     @classmethod
     def _known_or_sql(cls, selection: str) -> str:
@@ -132,6 +139,7 @@ class TrainConfig(Section):
     """How the policy is updated."""
 
     lr: float = Field(2e-4, gt=0, description="AdamW learning rate")
+    lr_by_signal: bool = Field(False, description="scale lr by the share of an iteration's groups whose rewards differ")
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     objective: Literal["clipped", "forward"] = Field(
@@ -140,9 +148,6 @@ class TrainConfig(Section):
     forward: ForwardConfig = ForwardConfig()
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer_steps: int = Field(2, ge=1, description="updates per epoch")
-    step_members: int | None = Field(
-        None, ge=1, description="fewer updates rather than fewer members with an advantage in each than this; None: never fewer"
-    )
     epochs: int = Field(1, ge=1, description="how often an iteration goes through its batch")
     microbatch: int = Field(64, ge=1, description="trajectories per forward pass")
     window: int | None = Field(5, ge=1, description="train only the first so many denoising steps; None: all")

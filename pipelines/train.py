@@ -66,6 +66,8 @@ def _run_plan(experiment: Experiment, learner: Learner, plan: pa.Table) -> Rows:
     """All optimizer steps; returns the rows of `updates` without run and iteration."""
     sizes = plan.group_by("optimizer_step").aggregate([("trajectory_id", "count")]).to_pydict()
     planned = dict(zip(sizes["optimizer_step"], sizes["trajectory_id_count"], strict=True))
+    for group in learner.optimizer.param_groups:
+        group["lr"] = experiment.config.train.lr * plan["lr_scale"][0].as_py()
     updates: Rows = []
     for step, batches in groupby(stream(experiment.store.directory, plan), key=lambda batch: batch.optimizer_step):
         for parameter in learner.parameters.values():
@@ -89,8 +91,10 @@ def _accumulate(experiment: Experiment, learner: Learner, batch: Batch, planned:
         experiment.store.quarantine(trajectory_id, error)
         experiment.progress.warn(f"{error}; quarantined and left out of this update")
     config = experiment.config.train
-    # A row without advantage has no policy gradient: with no KL term its forward pass would be wasted.
-    moving = [i for i, row in enumerate(batch.rows) if row["advantage"] != 0 or config.kl_beta > 0]
+    # A row without advantage has no policy gradient: with no KL term its forward pass would be wasted. The forward objective
+    # draws such a row's velocity to the old policy's.
+    always = config.kl_beta > 0 or config.objective == "forward"
+    moving = [i for i, row in enumerate(batch.rows) if row["advantage"] != 0 or always]
     outcomes: dict[str, dict[str, Any]] = {}
     if moving:
         loss_of = OBJECTIVES[config.objective]

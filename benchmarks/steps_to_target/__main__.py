@@ -27,7 +27,10 @@ def quick(workers: int, iterations: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "runs.parquet"
         rates = {name: grid.chosen_rate(committed, "compositional", ARMS[name]) for name in QUICK_ARMS}
-        wanted = [Spec("compositional", name, "main", 0, rate, iterations, 6, 640) for name, rate in rates.items()]
+        wanted = [
+            Spec("compositional", name, "main", 0, rate, iterations, grid.points(iterations), 640)
+            for name, rate in rates.items()
+        ]
         grid.execute([(spec, {}) for spec in wanted], Path(folder), workers, path)
         print(json.dumps(analysis.summary(grid.load(path), samples=200)))
 

@@ -86,7 +86,8 @@ def _ratio(arm: ArmCurves, baseline: ArmCurves, cost: str, level: float | None, 
     target = baseline.reward[theirs, -FINAL_POINTS:].mean() if level is None else level
     spent = cost_to(target, arm.reward[ours].mean(0), arm.costs[cost][ours].mean(0))
     base = baseline.costs[cost][theirs].mean(0)
-    return spent / min(cost_to(target, baseline.reward[theirs].mean(0), base), float(base[-1]))
+    whole = min(cost_to(target, baseline.reward[theirs].mean(0), base), float(base[-1]))
+    return spent / whole if whole > 0 else math.inf  # a baseline that did not rise sets no target
 
 
 def _pick(arm: ArmCurves, rng: np.random.Generator | None) -> NDArray[np.int64]:

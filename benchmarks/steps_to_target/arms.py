@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 Settings = Mapping[str, Any]
 
 BASE: Settings = {
     "rollout": {"prompts_per_iteration": 8, "group_size": 8, "num_steps": 10, "sampler": "flow_sde", "noise_level": 0.7},
-    "train": {"ema_decay": 0.8, "window": 5, "optimizer_steps": 2},
+    "train": {"ema_decay": 0.5, "window": 5, "optimizer_steps": 2},
     "eval": {"samples": 1280, "num_steps": 10},
 }
 """What all arms share: 64 trajectories an iteration, and the evaluation."""
@@ -18,13 +18,12 @@ BASE: Settings = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. iterations: how far its runs go. like: the arm whose learning rate it takes; itself by default."""
+    """One way to train. iterations: how far its runs go. like: the arm whose learning rate it takes; its own by default."""
 
     name: str
     settings: Settings
     iterations: int
     like: str = ""
-    rates: tuple[float, ...] = field(default=(1e-4, 2e-4, 4e-4))
 
 
 def merged(*layers: Settings) -> dict[str, Any]:
@@ -44,24 +43,19 @@ def _ablation(name: str, settings: Settings) -> Arm:
 _ADAPTIVE: Settings = {"truncation": "adaptive", "prefix_steps": 5, "admission": "ess", "proportion": "signal"}
 _REUSE: Settings = {"algorithm": "op_grpo", "replay": {"members": 0, "reuse_iterations": 3}, "train": {"optimizer_steps": 8}}
 _UNGATED: Settings = {**_REUSE, "replay": {"members": 0, "reuse_iterations": 3, "reuse_ess": 0.0, "correction": "none"}}
-_FORWARD: Settings = {"objective": "forward", "forward": {"strength": 0.5}, "optimizer_steps": 8, "ema_decay": 0.5}
+_FORWARD: Settings = {"objective": "forward", "forward": {"strength": 0.5}, "optimizer_steps": 8, "lr_by_signal": True}
+
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+"""The learning rates that are searched, for every arm alike."""
 
 MAIN: tuple[Arm, ...] = (
     Arm("flow_grpo", {"algorithm": "flow_grpo"}, 60),
     Arm("op_grpo", {"algorithm": "op_grpo"}, 60),
-    Arm(
-        "op_grpo_adaptive",
-        {"algorithm": "op_grpo", "replay": _ADAPTIVE},
-        60,
-    ),
-    Arm("group_reuse", _REUSE, 60, rates=(5e-5, 1e-4, 2e-4)),
-    Arm("forward_replay", merged(_REUSE, {"train": _FORWARD}), 40, rates=(5e-5, 1e-4, 2e-4)),
-    Arm(
-        "forward_replay_adaptive",
-        {**_REUSE, "prompts": {"order": "regret"}, "train": _FORWARD},
-        40,
-        rates=(5e-5, 1e-4, 2e-4),
-    ),
+    Arm("forward_replay", merged(_REUSE, {"train": _FORWARD}), 60),
+    Arm("group_reuse", _REUSE, 60),
+    Arm("forward_replay_adaptive", merged(_REUSE, {"prompts": {"order": "regret"}, "train": _FORWARD}), 60),
+    Arm("op_grpo_adaptive", {"algorithm": "op_grpo", "replay": _ADAPTIVE}, 60),
+    Arm("flow_grpo_8_steps", {"algorithm": "flow_grpo", "train": {"optimizer_steps": 8}}, 60),
 )
 
 ABLATIONS: tuple[Arm, ...] = (
@@ -79,7 +73,14 @@ ABLATIONS: tuple[Arm, ...] = (
 )
 
 LEVERS: tuple[Arm, ...] = (
-    Arm("flow_grpo_8_steps", {"algorithm": "flow_grpo", "train": {"optimizer_steps": 8}}, 60, like="group_reuse"),
+    Arm("flow_grpo_signal", {"algorithm": "flow_grpo", "train": {"lr_by_signal": True}}, 60, like="flow_grpo"),
+    Arm("group_reuse_signal", merged(_REUSE, {"train": {"lr_by_signal": True}}), 60, like="group_reuse"),
+    Arm(
+        "forward_replay_no_signal",
+        merged(_REUSE, {"train": {**_FORWARD, "lr_by_signal": False}}),
+        60,
+        like="forward_replay",
+    ),
     *(
         Arm(f"group_reuse_last_{n}", merged(_REUSE, {"replay": {"reuse_iterations": n}}), 40, like="group_reuse")
         for n in (1, 7)

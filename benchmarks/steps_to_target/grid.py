@@ -10,15 +10,14 @@ from pathlib import Path
 
 import polars as pl
 
-from benchmarks.steps_to_target.analysis import BASELINE, cost_to
-from benchmarks.steps_to_target.arms import ABLATIONS, ARMS, LEVERS, MAIN, Arm, Settings
-from benchmarks.steps_to_target.runner import Spec, run
+from benchmarks.steps_to_target.arms import ABLATIONS, ARMS, LEVERS, MAIN, RATES, Arm, Settings
+from benchmarks.steps_to_target.runner import Spec, definition, run
 from benchmarks.steps_to_target.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results" / "runs.parquet"
 PHASES = ("search", "main", "lever", "ablation", "map")
 SEEDS: Mapping[str, int] = {"main": 5, "lever": 3, "ablation": 3, "map": 2}
-SEARCH_ITERATIONS = 30
+SEARCH_POINTS = (20, 30)
 MAP_ARMS = ("flow_grpo", "op_grpo", "forward_replay")
 MAP_ITERATIONS = 40
 
@@ -41,47 +40,43 @@ def specs(phase: str, task: str, results: pl.DataFrame, seeds: int) -> Iterator[
     """The runs of one phase on one task, in the order in which they are worth having."""
     if phase == "search":
         for arm in MAIN:
-            for rate in arm.rates:
-                yield Spec(task, arm.name, phase, 0, rate, SEARCH_ITERATIONS, 10, 1024), {}
+            for rate in RATES:
+                yield Spec(task, arm.name, phase, 0, rate, max(SEARCH_POINTS), SEARCH_POINTS, 1024), {}
         return
     if phase == "map":
         for setting, extra in MAP.items() if task == "compositional" else ():
             for seed in range(min(SEEDS[phase], seeds)):
                 for name in MAP_ARMS:
                     rate = chosen_rate(results, task, ARMS[name])
-                    yield Spec(task, name, phase, seed, rate, MAP_ITERATIONS, 10, 1280, setting), extra
+                    yield Spec(task, name, phase, seed, rate, MAP_ITERATIONS, points(MAP_ITERATIONS), 1280, setting), extra
         return
-    arms = {"main": MAIN, "lever": LEVERS, "ablation": ABLATIONS}[phase]
     if phase != "main" and task != "compositional":
         return
-    every, found = 5 if phase == "main" else 6, TASKS[task]
+    arms = {"main": MAIN, "lever": LEVERS, "ablation": ABLATIONS}[phase]
     for seed in range(min(SEEDS[phase], seeds)):
         for arm in arms:
-            rate, last = chosen_rate(results, task, arm), min(arm.iterations, found.iterations)
-            yield Spec(task, arm.name, phase, seed, rate, last, every, found.samples), {}
+            rate, last = chosen_rate(results, task, arm), min(arm.iterations, TASKS[task].iterations)
+            yield Spec(task, arm.name, phase, seed, rate, last, points(last), TASKS[task].samples), {}
+
+
+def points(iterations: int) -> tuple[int, ...]:
+    """Iterations that are evaluated: every fifth up to 30, where curves are steep, then every tenth, and the last."""
+    return (*(i for i in range(0, iterations, 5) if i <= 30 or i % 10 == 0), iterations)
 
 
 def chosen_rate(results: pl.DataFrame, task: str, arm: Arm) -> float:
-    """The learning rate that first reaches the target on the search prompts: the best reward with which Flow-GRPO ends there.
-
-    Where no rate reaches it, the one that ends highest; of equals the lower.
-    """
-    found = results.filter(phase="search", task=task).sort("iteration")
-    last = found.filter(iteration=SEARCH_ITERATIONS)
-    target = float(last.filter(arm=BASELINE)["reward"].to_numpy().max())
-    ranked = []
-    for (rate,), points in found.filter(arm=arm.like or arm.name).group_by("lr"):
-        points = points.sort("iteration")
-        reward, at = points["reward"].to_numpy(), points["iteration"].to_numpy().astype(float)
-        ranked.append((cost_to(target, reward, at), -float(reward[-1]), float(str(rate))))
-    return min(ranked)[2]
+    """The learning rate that ends highest on the search prompts: mean reward of the last evaluations; of equals the lower."""
+    found = results.filter(phase="search", task=task, arm=arm.like or arm.name).filter(pl.col("iteration").is_in(SEARCH_POINTS))
+    ranked = found.group_by("lr").agg(pl.col("reward").mean()).sort("reward", "lr", descending=[True, False])
+    if ranked.is_empty():
+        raise ValueError(f"no learning rate of {arm.like or arm.name} on {task} has been searched: run the phase search first")
+    return float(ranked["lr"][0])
 
 
 def execute(wanted: Sequence[tuple[Spec, Settings]], folder: Path, workers: int, path: Path = RESULTS) -> None:
     """Run what the results at `path` lack. Each run is added when it is whole: stop at any time, and start again."""
-    done = _done(load(path))
-    missing = [(spec, extra) for spec, extra in wanted if spec.key not in done]
     folder.mkdir(parents=True, exist_ok=True)
+    missing = [(spec, extra) for spec, extra in wanted if not _done(load(path), spec, extra)]
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers: equal conditions, and the same numbers anywhere
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run, spec, extra, folder): spec for spec, extra in missing}
@@ -90,17 +85,26 @@ def execute(wanted: Sequence[tuple[Spec, Settings]], folder: Path, workers: int,
                 print(f"[{number}/{len(missing)}] {futures[future]}: {type(error).__name__}: {error}", flush=True)
                 continue
             rows = pl.DataFrame(future.result())
-            _replace(path, pl.concat([load(path), rows], how="diagonal"))
+            kept = _without(load(path), futures[future])
+            _replace(path, pl.concat([kept, rows], how="diagonal"))
             told = " ".join(f"{iteration}:{reward:.3f}" for iteration, reward in rows.select("iteration", "reward").iter_rows())
             print(f"[{number}/{len(missing)}] {futures[future]}: {told}", flush=True)
     if failed := [spec for future, spec in futures.items() if future.exception()]:
         raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed, the others are kept: first {failed[0]}")
 
 
-def _done(results: pl.DataFrame) -> set[tuple[str, str, str, str, int, float]]:
+def _done(results: pl.DataFrame, spec: Spec, extra: Settings) -> bool:
+    """Whether the results hold this run, as the present settings define it."""
+    return not results.is_empty() and definition(spec, extra) in results["definition"]
+
+
+def _without(results: pl.DataFrame, spec: Spec) -> pl.DataFrame:
+    """The results without an earlier definition of this run; the search has a run for each learning rate."""
     if results.is_empty():
-        return set()
-    return set(results.select("task", "arm", "phase", "setting", "seed", "lr").unique().iter_rows())
+        return results
+    told = {"task": spec.task, "arm": spec.arm, "phase": spec.phase, "setting": spec.setting, "seed": spec.seed}
+    same = pl.all_horizontal(*(pl.col(name) == value for name, value in told.items()))
+    return results.filter(~(same & (pl.col("lr") == spec.lr) if spec.phase == "search" else same))
 
 
 def _replace(path: Path, table: pl.DataFrame) -> None:

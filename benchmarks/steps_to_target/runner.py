@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.steps_to_target.arms import ARMS, BASE, Settings, merged
-from benchmarks.steps_to_target.tasks import TASKS, search_prompts
+from benchmarks.steps_to_target.tasks import ROOT, TASKS, search_prompts
+from opgrpo_data import ids
 from opgrpo_data.catalog import Catalog
 from pipelines.config import RunConfig, build_config
 from pipelines.evaluation import evaluate, evaluation_path
@@ -34,14 +35,15 @@ EVALUATIONS = """
 SELECT iteration, sum(passes) AS passes FROM (
     SELECT iteration, num_steps AS passes FROM trajectories
     UNION ALL SELECT iteration, len(path_variance) FROM densities
-    UNION ALL SELECT iteration, {per_row} FROM updates WHERE advantage != 0
+    UNION ALL SELECT iteration, {per_row} FROM updates
 ) GROUP BY iteration ORDER BY iteration
 """
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One run. phase: search, main, ablation, lever or map. setting: which cell of the map, else empty."""
+    """One run. phase: search, main, ablation, lever or map. points: iterations that are evaluated. setting: which cell of the
+    map, else empty."""
 
     task: str
     arm: str
@@ -49,7 +51,7 @@ class Spec:
     seed: int
     lr: float
     iterations: int
-    every: int
+    points: tuple[int, ...]
     samples: int
     setting: str = ""
 
@@ -59,9 +61,8 @@ class Spec:
         return (self.task, self.arm, self.phase, self.setting, self.seed, self.lr)
 
 
-def config_of(spec: Spec, extra: Settings, folder: Path) -> RunConfig:
-    """The run's configuration. extra: settings of a cell of the map."""
-    task, arm = TASKS[spec.task], ARMS[spec.arm]
+def settings_of(spec: Spec, extra: Settings) -> dict[str, Any]:
+    """All settings of a run, paths relative to the repository. extra: settings of a cell of the map."""
     own: dict[str, Any] = {
         "name": f"{spec.phase}-{spec.task}-{spec.arm}".replace("_", "-"),
         "seed": spec.seed,
@@ -69,9 +70,24 @@ def config_of(spec: Spec, extra: Settings, folder: Path) -> RunConfig:
         "train": {"lr": spec.lr},
         "eval": {"samples": spec.samples},
     }
+    return merged(BASE, TASKS[spec.task].settings, ARMS[spec.arm].settings, extra, own)
+
+
+def definition(spec: Spec, extra: Settings) -> str:
+    """Hash of all that defines a run: results of an earlier definition do not count."""
+    return f"{ids.derived_seed(ids.canonical_json([settings_of(spec, extra), spec.points])):016x}"
+
+
+def config_of(spec: Spec, extra: Settings, folder: Path) -> RunConfig:
+    """The run's configuration, with paths that lead somewhere from any folder."""
+    found = settings_of(spec, extra)
     if spec.phase == "search":
-        own["prompts"] = {"source": str(search_prompts(task, folder))}
-    return build_config(merged(BASE, task.settings, arm.settings, extra, own), spec.arm)
+        found["prompts"] = {"source": str(search_prompts(TASKS[spec.task], folder))}
+    elif found["prompts"]["source"] != "embedded":
+        found["prompts"]["source"] = str(ROOT / found["prompts"]["source"])
+    if "policy" in found:
+        found["policy"]["model"] = str(ROOT / found["policy"]["model"])
+    return build_config(found, spec.arm)
 
 
 def run(spec: Spec, extra: Settings, folder: Path) -> list[dict[str, Any]]:
@@ -83,7 +99,7 @@ def run(spec: Spec, extra: Settings, folder: Path) -> list[dict[str, Any]]:
     spent: dict[str, float] = defaultdict(float)
     points = []
     for iteration in range(spec.iterations + 1):
-        if iteration % spec.every == 0 or iteration == spec.iterations:
+        if iteration in spec.points:
             costs = {"cpu_seconds": sum(spent.values()), "rollout_seconds": spent["rollout"]}
             points.append({"iteration": iteration, **_quality(experiment, iteration, TASKS[spec.task].check), **costs})
         if iteration < spec.iterations:
@@ -92,7 +108,7 @@ def run(spec: Spec, extra: Settings, folder: Path) -> list[dict[str, Any]]:
                 stage(experiment, iteration)
                 spent[stage.__name__] += time.process_time() - began
     evaluations = _model_evaluations(experiment)
-    rows = [_row(spec, experiment, point, evaluations) for point in points]
+    rows = [_row(spec, experiment, point, evaluations) | {"definition": definition(spec, extra)} for point in points]
     shutil.rmtree(url)
     return rows
 
@@ -125,7 +141,7 @@ def _row(spec: Spec, experiment: Experiment, point: dict[str, Any], evaluations:
     done = point["iteration"]
     rollout_config = experiment.config.rollout
     return {
-        **asdict(spec),
+        **{name: value for name, value in asdict(spec).items() if name != "points"},
         **point,
         "run_id": experiment.run_id,
         "generated": done * rollout_config.prompts_per_iteration * rollout_config.group_size,
@@ -137,6 +153,6 @@ def _row(spec: Spec, experiment: Experiment, point: dict[str, Any], evaluations:
 def _model_evaluations(experiment: Experiment) -> dict[int, int]:
     forward = experiment.config.train.objective == "forward"
     passes = 1 + BACKWARD  # the forward objective asks the old policy, too
-    per_row = f"{experiment.config.train.forward.draws * (passes + 1)}" if forward else f"len(train_steps) * {passes}"
+    per_row = f"{experiment.config.train.forward.draws * (passes + 1)}" if forward else f"len(ratio) * {passes}"
     table = Catalog(experiment.store).query(EVALUATIONS.format(per_row=per_row))
     return {row["iteration"]: int(row["passes"]) for row in table.to_pylist()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.prompts import Prompt, load_prompts, thinned
 
-STRINGS = Path(__file__).parent.parent / "strings"
+ROOT = Path(__file__).parent.parent.parent
 TRAIN_PROMPTS = 96
 SEARCH_HELD_OUT = 64
 
@@ -31,8 +31,9 @@ class Task:
 
     @property
     def source(self) -> str:
-        """Where its prompts come from."""
-        return str(self.settings["prompts"]["source"])
+        """Where its prompts come from: the embedded world, or a file."""
+        named = str(self.settings["prompts"]["source"])
+        return named if named == "embedded" else str(ROOT / named)
 
 
 TASKS: Mapping[str, Task] = {
@@ -43,20 +44,20 @@ TASKS: Mapping[str, Task] = {
             {"prompts": {"source": "embedded", "limit": TRAIN_PROMPTS}, "reward": {"name": "scene_strict"}},
             "strict",
             (0.6, 0.7, 0.8, 0.9),
-            1280,
+            2560,
             60,
         ),
         Task(
             "strings",
             {
-                "policy": {"model": str(STRINGS / "assets" / "pipeline"), "options": {"max_sequence_length": 0}},
-                "prompts": {"source": str(STRINGS / "prompts.jsonl"), "limit": TRAIN_PROMPTS},
+                "policy": {"model": "benchmarks/strings/assets/pipeline", "options": {"max_sequence_length": 0}},
+                "prompts": {"source": "benchmarks/strings/prompts.jsonl", "limit": TRAIN_PROMPTS},
                 "reward": {"name": "benchmarks.strings.reward:edit_distance"},
             },
             "exact",
             (0.8, 0.85, 0.9, 0.95),
             640,
-            40,
+            60,
         ),
         Task(
             "preference",
@@ -67,7 +68,7 @@ TASKS: Mapping[str, Task] = {
             "strict",
             (0.7, 0.75, 0.8, 0.85),
             640,
-            40,
+            60,
         ),
     )
 }

@@ -13,7 +13,7 @@ WITH aged AS (
         first_value(fresh_std) OVER latest AS fresh_std
     FROM (SELECT *, 0 AS visited FROM previous UNION ALL BY NAME SELECT *, 1 AS visited FROM candidates)
     WHERE isfinite(reward) AND trajectory_id NOT IN (SELECT trajectory_id FROM excluded)
-    WINDOW latest AS (PARTITION BY prompt_id ORDER BY visited DESC, born_iteration DESC, trajectory_id)
+    WINDOW latest AS (PARTITION BY prompt_id ORDER BY visited DESC, born_iteration DESC, member_index, trajectory_id)
 )
 SELECT
     * EXCLUDE (visited),

@@ -3,6 +3,6 @@
 SELECT trajectory_id
 FROM entries
 QUALIFY row_number() OVER (
-    PARTITION BY prompt_id ORDER BY decayed_reward DESC, born_iteration DESC, trajectory_id
+    PARTITION BY prompt_id ORDER BY decayed_reward DESC, born_iteration DESC, member_index, trajectory_id
 ) <= getvariable('members')
-ORDER BY prompt_id, decayed_reward DESC, born_iteration DESC, trajectory_id
+ORDER BY prompt_id, decayed_reward DESC, born_iteration DESC, member_index, trajectory_id

@@ -29,7 +29,7 @@ def trajectory_row(trajectory_id: str, *, steps: int = 3, **changes: Any) -> dic
         "prompt_id": "p0",
         "run_id": RUN,
         "iteration": 0,
-        "member_index": 0,
+        "member_index": int("".join(filter(str.isdigit, trajectory_id)) or 0),  # as the name counts them
         "policy_id": "policy-0",
         "base_model": "none",
         "parent_id": None,
@@ -162,7 +162,7 @@ def plan_rule(**changes: Any) -> PlanRule:
         "reuse_ess": 0.0,
         "epochs": 1,
         "optimizer_steps": 1,
-        "step_members": None,
+        "lr_by_signal": False,
         "microbatch": 1000,
         "window": None,
         "step_fraction": 1.0,

@@ -147,8 +147,8 @@ def test_random_draws_follow_the_seed_only() -> None:
     rule = buffer_rule(selection="random", members=2, seed=3)
     kept = ids(snapshot(many_prompts(), rule))
     assert ids(snapshot(many_prompts(order=1), rule)) == kept  # not the order of rows
-    everything = {name: 1.0 for scores in many_prompts(order=2) for name in scores}
-    assert ids(snapshot([everything], rule)) == kept  # nor when they were drawn, nor their rewards
+    alike = [dict.fromkeys(scores, 1.0) for scores in many_prompts(order=2)]
+    assert ids(snapshot(alike, rule)) == kept  # nor their rewards
     other = ids(snapshot(many_prompts(), buffer_rule(selection="random", members=2, seed=4)))
     same = len(set(kept) & set(other)) / len(kept)
     assert same == pytest.approx(0.5, abs=0.05)  # independent pairs of four share half their members
@@ -190,9 +190,9 @@ def test_own_sql_decides_what_stays_and_in_which_order(query: str, expected: lis
 def test_own_sql_sees_age_and_decayed_reward_of_incumbents() -> None:
     query = "SELECT trajectory_id FROM entries WHERE age <= 1 AND decayed_reward >= 0.5 ORDER BY trajectory_id"
     history: list[Scores] = [{"p-0": 1.0, "p-1": 0.75}, {"p-2": 0.5, "p-3": 0.25}, {"p-4": 0.25}]
-    assert ids(snapshot(history[:1], buffer_rule(selection=query))) == ["p-0", "p-1"]
-    assert ids(snapshot(history[:2], buffer_rule(selection=query))) == ["p-0", "p-2"]
-    assert ids(snapshot(history, buffer_rule(selection=query))) == []
+    assert ids(snapshot(history[:1], buffer_rule(selection=query, members=2))) == ["p-0", "p-1"]
+    assert ids(snapshot(history[:2], buffer_rule(selection=query, members=2))) == ["p-0", "p-2"]
+    assert ids(snapshot(history, buffer_rule(selection=query, members=2))) == []
 
 
 def test_own_sql_gives_a_snapshot_like_any_other() -> None:

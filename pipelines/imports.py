@@ -81,9 +81,7 @@ def _fitting(source: Store, config: RunConfig, base_id: str, reward: Reward, pro
         scored = _scored(source, reward)
         rows = [row for row in source.read_tables("buffers", last).to_pylist() if row["prompt_id"] in prompt_ids]
         kept = [row for row in rows if row["trajectory_id"] in scored]
-        told.append(
-            f"{document['run_id']} has {len(rows)} entries for our prompts, {len(kept)} with this version of the reward"
-        )
+        told.append(f"{document['run_id']} has {len(rows)} entries for this run's prompts, {len(kept)} of them scored")
         entries |= {row["trajectory_id"]: row | {"born_iteration": -1 - row["age"]} for row in kept}
     if not entries:
         reasons = "; ".join(told) or "it has no runs"

@@ -115,7 +115,7 @@ def test_balance_of_rectangles() -> None:
 
 
 def test_one_run_of_the_benchmark(tmp_path: Path) -> None:
-    spec = Spec("compositional", "op_grpo", "main", 0, 1e-4, 2, 1, 64)
+    spec = Spec("compositional", "op_grpo", "main", 0, 1e-4, 2, (0, 1, 2), 64)
     rows = runner.run(spec, {"prompts": {"limit": 8}}, tmp_path)
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert [row["generated"] for row in rows] == [0, 64, 128]
@@ -129,13 +129,16 @@ def test_one_run_of_the_benchmark(tmp_path: Path) -> None:
 
 def test_runs_are_added_once_and_failures_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results" / "runs.parquet"
-    good = Spec("compositional", "flow_grpo", "main", 0, 1e-4, 1, 1, 16)
-    bad = Spec("compositional", "flow_grpo", "main", 1, -1.0, 1, 1, 16)
+    good = Spec("compositional", "flow_grpo", "main", 0, 1e-4, 1, (0, 1), 16)
+    bad = Spec("compositional", "flow_grpo", "main", 1, -1.0, 1, (0, 1), 16)
     with pytest.raises(RuntimeError, match="1 of 2 runs failed, the others are kept"):
         grid.execute([(good, {}), (bad, {})], tmp_path / "work", 1, path)
     assert grid.load(path).height == 2
     grid.execute([(good, {})], tmp_path / "work", 1, path)
     assert grid.load(path).height == 2
+    slower = Spec("compositional", "flow_grpo", "main", 0, 5e-5, 1, (0, 1), 16)  # the same run with another learning rate
+    grid.execute([(slower, {})], tmp_path / "work", 1, path)
+    assert grid.load(path)["lr"].to_list() == [5e-5, 5e-5]
     assert "train.lr" in capsys.readouterr().out
 
 

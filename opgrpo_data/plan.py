@@ -192,14 +192,14 @@ def lr_scale(rows: Sequence[dict[str, Any]], rule: PlanRule) -> float:
 
 
 def _deal(rows: Sequence[dict[str, Any]], rule: PlanRule) -> list[dict[str, Any]]:
-    """Per epoch: shuffle by a hash of seed and id, then cut into optimizer steps and microsteps of near-equal size.
+    """Per epoch: shuffle by a hash of seed and origin, then cut into optimizer steps and microsteps of near-equal size.
 
     Members with an advantage are dealt evenly over the optimizer steps, and so are those without: no step goes empty.
     """
     dealt = []
     for epoch in range(rule.epochs):
         seed = rule.seed if epoch == 0 else derived_seed(rule.seed, "epoch", epoch)
-        shuffled = sorted(rows, key=lambda row: (derived_seed(seed, row["trajectory_id"]), row["trajectory_id"]))
+        shuffled = sorted(rows, key=lambda row: (derived_seed(seed, *origin(row)), origin(row)))  # noqa: B023
         live = [row for row in shuffled if row["advantage"] != 0]
         order = live + [row for row in shuffled if row["advantage"] == 0]
         count = rule.optimizer_steps

@@ -153,7 +153,7 @@ class TrainConfig(Section):
     window: int | None = Field(5, ge=1, description="train only the first so many denoising steps; None: all")
     step_fraction: float = Field(1.0, gt=0, le=1, description="random share of those steps that each trajectory trains")
     step_weight: Literal["transition_std", "uniform", "inverse_step"] | list[PositiveFloat] = Field(
-        "transition_std", description="weight of a step's loss: s_k, equal, 1/d_k (RatioNorm's), or a list of T numbers"
+        "transition_std", description="weight of a step's loss: s_k, equal, 1/d_k (GRPO-Guard's), or a list of T numbers"
     )
     advantage_std: Literal["group", "global"] = "group"
     advantage_clip: float = Field(5.0, gt=0)

@@ -12,7 +12,7 @@ SELECT
     min(importance_weight) AS weight_min,
     max(importance_weight) AS weight_max,
     avg(predicted_ess) AS predicted_ess,
-    pow(sum(importance_weight), 2) / nullif(count(*) * sum(pow(importance_weight, 2)), 0) AS measured_ess,
+    pow(sum(importance_weight), 2) / nullif(count(*) * sum(pow(importance_weight, 2)), 0) AS weight_ess,
     avg(len(train_steps)) AS steps_mean
 FROM (
     SELECT

@@ -41,7 +41,7 @@ SUMMARIES = {
     "update_summary": [
         "run_id", "iteration", "role",
         "trajectories", "groups", "dead_groups", "reward_mean", "age_mean", "age_max",
-        "weight_mean", "weight_min", "weight_max", "predicted_ess", "measured_ess", "steps_mean",
+        "weight_mean", "weight_min", "weight_max", "predicted_ess", "weight_ess", "steps_mean",
     ],
 }  # fmt: skip
 """Columns of the views that are more than a table."""

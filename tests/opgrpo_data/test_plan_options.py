@@ -440,3 +440,42 @@ def test_a_plan_predicts_the_sample_size_that_its_weights_leave(role: str, expec
         prefix: dict[str, Any] = {"prefix_steps": 2, "path_variance": [0.5, 0.25]} if role == "continuation" else {}
         found = planned([*rows, located_row("x", iteration=1, **prefix)], values | {"x": 1.0}, plan_rule(), iteration=1)
     assert next(row["predicted_ess"] for row in found if row["trajectory_id"] == "x") == pytest.approx(expected, rel=1e-12)
+
+
+# -- signal, names, and groups without spread ------------------------------------------------------------------------------
+
+
+def grouped(spread: list[bool]) -> tuple[list[Row], dict[str, float]]:
+    """Groups of two: rewards 0 and 1 where there is spread, 1 and 1 where there is none."""
+    rows = [located_row(f"t{2 * g + i}", group_id=f"g{g}", prompt_id=f"p{g}") for g in range(len(spread)) for i in range(2)]
+    values = {row["trajectory_id"]: float(i % 2 or not spread[i // 2]) for i, row in enumerate(rows)}
+    return rows, values
+
+
+@given(spread=st.lists(st.booleans(), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=20)
+def test_lr_scale_is_the_share_of_groups_with_an_advantage(spread: list[bool]) -> None:
+    rows, values = grouped(spread)
+    told = {row["lr_scale"] for row in planned(rows, values, plan_rule(lr_by_signal=True))}
+    assert told == {sum(spread) / len(spread)}
+    assert {row["lr_scale"] for row in planned(rows, values, plan_rule())} == {1.0}
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3])
+@pytest.mark.parametrize("size", [3, 5, 6, 7])
+def test_equal_rewards_give_exactly_no_advantage(value: float, size: int) -> None:
+    """The mean of equal numbers may differ from them in the last bit: that is no advantage."""
+    rows, _ = fresh(size)
+    found = planned(rows, {row["trajectory_id"]: value for row in rows}, plan_rule())
+    assert {row["advantage"] for row in found} == {0.0}
+
+
+def test_a_plan_does_not_depend_on_what_the_run_is_called() -> None:
+    """Ids hash the run's name; the deal goes by iteration, prompt and member."""
+    rule = plan_rule(optimizer_steps=3, step_fraction=0.5, epochs=2, seed=5)
+    rows, values = fresh(12)
+    renamed = [row | {"trajectory_id": f"{i * 7919 % 12:02d}x", "group_id": "other"} for i, row in enumerate(rows)]
+    new_values = {new["trajectory_id"]: values[row["trajectory_id"]] for row, new in zip(rows, renamed, strict=True)}
+    kept = ("member_index", "optimizer_step", "microstep", "advantage", "train_steps")
+    first, second = planned(rows, values, rule), planned(renamed, new_values, rule)
+    assert [[row[name] for name in kept] for row in first] == [[row[name] for name in kept] for row in second]

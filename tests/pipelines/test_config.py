@@ -177,3 +177,14 @@ def test_plan_rule_has_the_settings_and_a_seed_of_its_own_per_iteration() -> Non
     assert rules[0] == config.plan_rule(0)
     assert (rules[0].window, rules[0].advantage_std, rules[0].weight.highest) == (None, "global", 3.0)
     assert small(seed=1).plan_rule(0).seed != rules[0].seed
+
+
+def test_a_setting_at_its_default_is_no_part_of_the_identity() -> None:
+    """So a setting that a later version adds leaves the ids of older runs as they are."""
+    base = {"name": "a", "iterations": 3}
+    plain = build_config(base, "test")
+    defaults = {"train": {"lr": plain.train.lr, "keep_states": 5}, "seed": 0, "eval": {"samples": 7}}
+    spelled_out = build_config(base | defaults, "test")
+    assert plain.identity == spelled_out.identity == {}
+    assert plain.run_id == spelled_out.run_id
+    assert build_config(base | {"train": {"lr": 0.5}}, "test").identity == {"train": {"lr": 0.5}}

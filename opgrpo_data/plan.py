@@ -199,7 +199,7 @@ def _deal(rows: Sequence[dict[str, Any]], rule: PlanRule) -> list[dict[str, Any]
     dealt = []
     for epoch in range(rule.epochs):
         seed = rule.seed if epoch == 0 else derived_seed(rule.seed, "epoch", epoch)
-        shuffled = sorted(rows, key=lambda row: (derived_seed(seed, *origin(row)), origin(row)))  # noqa: B023
+        shuffled = sorted(rows, key=lambda row: (derived_seed(seed, *origin(row)), origin(row)))
         live = [row for row in shuffled if row["advantage"] != 0]
         order = live + [row for row in shuffled if row["advantage"] == 0]
         count = rule.optimizer_steps

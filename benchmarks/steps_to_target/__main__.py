@@ -52,14 +52,14 @@ def main() -> None:
     work = Path(tempfile.gettempdir()) / "steps_to_target"
     parser.add_argument("--work", type=Path, default=work, help="folder for the stores of runs under way")
     arguments = parser.parse_args()
+    if (arguments.quick or arguments.summary) and grid.load().is_empty():
+        parser.error(f"there are no results in {grid.RESULTS}: run the benchmark first, or take the committed file")
     if arguments.quick:
         quick(arguments.workers, arguments.iterations)
         return
     if not arguments.summary:
         grid.everything(arguments.tasks, arguments.phases, arguments.seeds, arguments.work, arguments.workers)
     results = grid.load()
-    if results.is_empty():
-        parser.error(f"there are no results in {grid.RESULTS}: run without --summary first")
     if arguments.json:
         print(json.dumps(analysis.summary(results)))
     else:

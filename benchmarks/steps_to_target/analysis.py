@@ -24,6 +24,8 @@ COSTS: Mapping[str, str] = {
 """Name of a cost -> its column. wall is process time of one thread, evaluation left out: seconds on an idle core; rollout is
 the part of it that drew trajectories."""
 REPORTED = ("iterations", "generated", "model_evaluations", "wall")
+INTERVAL_SEEDS = 3
+"""With fewer there is no interval: a bootstrap over two runs is no evidence."""
 FINAL_POINTS = 2
 """Flow-GRPO's final level is the mean of its last so many evaluations, over seeds."""
 Curves = NDArray[np.float64]
@@ -78,7 +80,10 @@ def ratios(arm: ArmCurves, baseline: ArmCurves, cost: str, samples: int, level: 
     draws = [_ratio(arm, baseline, cost, level, None)]
     draws += [_ratio(arm, baseline, cost, level, rng) for _ in range(samples)]
     low, high = (_finite(float(np.quantile(draws[1:], q, method="nearest"))) for q in (0.025, 0.975))
-    return {"ratio": _finite(draws[0]), "low": low, "high": high}
+    seeds = min(len(arm.reward), len(baseline.reward))
+    return {"ratio": _finite(draws[0]), "seeds": seeds} | (
+        {"low": low, "high": high} if seeds >= INTERVAL_SEEDS else NO_INTERVAL
+    )
 
 
 def _ratio(arm: ArmCurves, baseline: ArmCurves, cost: str, level: float | None, rng: np.random.Generator | None) -> float:
@@ -106,18 +111,21 @@ def arms_of(results: pl.DataFrame, task: str) -> Iterator[tuple[str, ArmCurves]]
         yield name, curves(told, arm=name)
 
 
-def summary(results: pl.DataFrame, samples: int = 2000) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
-    """{task: {arm: {cost: {ratio, low, high}}}}, relative to Flow-GRPO's cost of its own final level; null: not reached."""
-    told: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
+Told = dict[str, dict[str, dict[str, dict[str, float | None]]]]
+
+
+def summary(results: pl.DataFrame, samples: int = 2000) -> Told:
+    """{task: {arm: {cost: {ratio, seeds, low, high}}}}, relative to Flow-GRPO's cost of its final level; null: not reached."""
+    told: Told = {}
     for task in TASKS:
         arms = dict(arms_of(results, task))
         if BASELINE in arms:
             told[task] = {
-                name: {cost: _one() if name == BASELINE else ratios(arm, arms[BASELINE], cost, samples) for cost in REPORTED}
+                name: {cost: _one(arm) if name == BASELINE else ratios(arm, arms[BASELINE], cost, samples) for cost in REPORTED}
                 for name, arm in arms.items()
             }
     return told
 
 
-def _one() -> dict[str, float | None]:
-    return {"ratio": 1.0, "low": 1.0, "high": 1.0}
+def _one(baseline: ArmCurves) -> dict[str, float | None]:
+    return {"ratio": 1.0, "seeds": len(baseline.reward), "low": 1.0, "high": 1.0}

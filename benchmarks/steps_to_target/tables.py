@@ -102,6 +102,8 @@ def _spread(arm: ArmCurves) -> float:
 def _interval(told: Mapping[str, float | None]) -> str:
     if told["ratio"] is None:
         return "not reached"
+    if told["low"] is None:
+        return f"{told['ratio']:.2f}"
     high = "∞" if told["high"] is None else f"{told['high']:.2f}"
     return f"{told['ratio']:.2f} ({told['low']:.2f} to {high})"
 

@@ -45,15 +45,20 @@ def test_ratio_to_the_baselines_final_level() -> None:
     """The baseline ends at 0.8 (mean of its last two), which it reached at 40; the arm reaches 0.8 at 10."""
     baseline = arm([0.0, 0.2, 0.4, 0.6, 0.8, 0.8], [0.0, 0.2, 0.4, 0.6, 0.8, 0.8])
     fast = arm([0.0, 0.8, 0.8, 0.8, 0.8, 0.8])
-    assert ratios(fast, baseline, "iterations", 50) == {"ratio": 0.25, "low": 0.25, "high": 0.25}
+    alone = {"ratio": 0.25, "seeds": 1, "low": None, "high": None}  # one seed has no interval
+    assert ratios(fast, baseline, "iterations", 50) == alone
+    three = arm(*[[0.0, 0.8, 0.8, 0.8, 0.8, 0.8]] * 3), arm(*[[0.0, 0.2, 0.4, 0.6, 0.8, 0.8]] * 3)
+    assert ratios(*three, "iterations", 50) == {"ratio": 0.25, "seeds": 3, "low": 0.25, "high": 0.25}
     assert ratios(fast, baseline, "iterations", 50, level=0.4)["ratio"] == 0.25
     never = arm([0.0, 0.1, 0.1, 0.1, 0.1, 0.1])
-    assert ratios(never, baseline, "iterations", 50) == {"ratio": None, "low": None, "high": None}
+    assert ratios(never, baseline, "iterations", 50)["ratio"] is None
+    flat = arm([0.5, 0.5, 0.4, 0.4, 0.4, 0.4])
+    assert ratios(fast, flat, "iterations", 50)["ratio"] is None  # it sets no target
 
 
 def test_bootstrap_interval_holds_the_spread_of_seeds() -> None:
-    baseline = arm([0.0, 0.5, 1.0, 1.0])
-    spread = arm([0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0])
+    baseline = arm(*[[0.0, 0.5, 1.0, 1.0]] * 3)
+    spread = arm([0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0])
     found = ratios(spread, baseline, "iterations", 400)
     assert (found["low"], found["high"]) == (0.5, 1.5)
 
@@ -151,7 +156,7 @@ def test_summary_prints_one_object_from_the_committed_results() -> None:
     told = json.loads(done.stdout)
     assert set(told) == set(TASKS)
     for arms in told.values():
-        assert arms["flow_grpo"]["iterations"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+        assert {arms["flow_grpo"]["iterations"][name] for name in ("ratio", "low", "high")} == {1.0}
         for costs in arms.values():
             assert {"iterations", "generated", "wall"} <= set(costs)
 

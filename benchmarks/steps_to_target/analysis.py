@@ -81,9 +81,9 @@ def ratios(arm: ArmCurves, baseline: ArmCurves, cost: str, samples: int, level: 
     draws += [_ratio(arm, baseline, cost, level, rng) for _ in range(samples)]
     low, high = (_finite(float(np.quantile(draws[1:], q, method="nearest"))) for q in (0.025, 0.975))
     seeds = min(len(arm.reward), len(baseline.reward))
-    return {"ratio": _finite(draws[0]), "seeds": seeds} | (
-        {"low": low, "high": high} if seeds >= INTERVAL_SEEDS else NO_INTERVAL
-    )
+    if seeds < INTERVAL_SEEDS:
+        low = high = None
+    return {"ratio": _finite(draws[0]), "seeds": seeds, "low": low, "high": high}
 
 
 def _ratio(arm: ArmCurves, baseline: ArmCurves, cost: str, level: float | None, rng: np.random.Generator | None) -> float:

@@ -8,11 +8,9 @@ thread count.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from transformers import CLIPTokenizer
 
 from benchmarks.strings import reward, world
 from pipelines.embedded import autoencoder, denoiser, text
-from pipelines.embedded.pretrain import save
+from pipelines.embedded.pretrain import Schedule, command_line, save
 
 MAX_TOKENS = 11
 """Start, `write`, quote, six letters, quote, end."""
@@ -110,16 +108,7 @@ def lossless(vae: AutoencoderKL, rng: np.random.Generator, count: int = 2000) ->
     return float(np.mean([found == s for found, s in zip(world.read(decoded), strings, strict=True)]))
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long each part trains (steps of 64 pictures for the autoencoder, of 256 pairs for the denoiser), on how many
-    prompt-picture pairs a phase, and on how many pictures a prompt success is measured."""
-
-    vae_steps: int = 1000
-    clean_steps: int = 600
-    noisy_steps: int = 1000
-    pairs: int = 100_000
-    repeats: int = 4
+SCHEDULE = Schedule(vae_steps=1000, clean_steps=600, noisy_steps=1000, pairs=100_000, repeats=4)
 
 
 def pretrain(folder: Path, seed: int, schedule: Schedule, device: torch.device) -> dict[str, Any]:
@@ -145,21 +134,5 @@ def pretrain(folder: Path, seed: int, schedule: Schedule, device: torch.device) 
     return log
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Pretrain the pipeline that writes strings.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    for part in fields(Schedule):
-        parser.add_argument(f"--{part.name.replace('_', '-')}", type=int, default=part.default)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; results depend on it")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    schedule = Schedule(**{part.name: getattr(options, part.name) for part in fields(Schedule)})
-    log = pretrain(options.out, options.seed, schedule, device)
-    print(f"wrote {options.out} in {log['seconds']} s: held-out {log['success_noisy']['held_out']}")
-
-
 if __name__ == "__main__":
-    main()
+    command_line("Pretrain the pipeline that writes strings.", pretrain, SCHEDULE)

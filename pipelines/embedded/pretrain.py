@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,10 @@ class Schedule:
     repeats: int = 8
 
 
+Pretraining = Callable[[Path, int, Schedule, torch.device], dict[str, Any]]
+"""(folder to write, seed, schedule, device) -> the log that is written beside the weights."""
+
+
 def pretrain(folder: Path, seed: int, schedule: Schedule, device: torch.device) -> dict[str, Any]:
     """Train everything and write it to `folder`; returns the log that is written beside it."""
     start = time.monotonic()
@@ -94,21 +99,21 @@ def pretrain(folder: Path, seed: int, schedule: Schedule, device: torch.device) 
     return log
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Pretrain the embedded pipeline.")
+def command_line(description: str, make: Pretraining, defaults: Schedule) -> None:
+    """Parse the command line of a world's pretraining script, and run it."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     for part in fields(Schedule):
-        parser.add_argument(f"--{part.name.replace('_', '-')}", type=int, default=part.default)
+        parser.add_argument(f"--{part.name.replace('_', '-')}", type=int, default=getattr(defaults, part.name))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; results depend on it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     schedule = Schedule(**{part.name: getattr(options, part.name) for part in fields(Schedule)})
-    log = pretrain(options.out, options.seed, schedule, device)
+    log = make(options.out, options.seed, schedule, device)
     print(f"wrote {options.out} in {log['seconds']} s: held-out {log['success_noisy']['held_out']}")
 
 
 if __name__ == "__main__":
-    main()
+    command_line("Pretrain the embedded pipeline.", pretrain, Schedule())

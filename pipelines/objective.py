@@ -48,12 +48,12 @@ def gaussian_kl(offset: Tensor, reference_offset: Tensor, std: Tensor, reduction
 
 
 def optimality(advantage: Tensor, scale: float) -> Tensor:
-    """Probability that a sample counts as good, (N,) in [0, 1]: (1 + clip(A / scale, -1, 1)) / 2 (arXiv 2509.16117, Eq. 9)."""
+    """Probability that a sample counts as good, (N,) in [0, 1]: (1 + clip(A / scale, -1, 1)) / 2 (arXiv 2509.16117)."""
     return (1 + (advantage / scale).clamp(-1, 1)) / 2
 
 
 def forward_contrast(current: Tensor, old: Tensor, target: Tensor, optimal: Tensor, strength: float) -> Tensor:
-    """Forward-process loss of N noised samples, (N,) float64 (DiffusionNFT, arXiv 2509.16117, Eq. 6).
+    """Forward-process loss of N noised samples, (N,) float64 (DiffusionNFT, arXiv 2509.16117).
 
     r |v+ - v|^2 + (1 - r) |v- - v|^2, means over elements, with the implicit positive and negative policies
     v+ = v_old + beta (v_theta - v_old), v- = v_old - beta (v_theta - v_old), divided by beta so that the gradient at

@@ -22,6 +22,7 @@ import torch
 from benchmarks.steps_to_target.arms import ARMS, BASE, merged
 from benchmarks.steps_to_target.tasks import TASKS
 from opgrpo_data import ids
+from opgrpo_data.importance import measured_ess
 from pipelines import sampler
 from pipelines.config import RunConfig, build_config
 from pipelines.experiment import Experiment
@@ -95,7 +96,7 @@ def _at(
             "standardised_mean": float(standard.mean()),
             "standardised_variance": float(standard.var(ddof=1)),
             "predicted_ess": float(np.exp(-variance[:, : k + 1].sum(1)).mean()),
-            "measured_ess": float(weights.sum() ** 2 / (len(weights) * np.square(weights).sum())),
+            "measured_ess": measured_ess(weights),
         }
 
 

@@ -16,7 +16,7 @@ from benchmarks.steps_to_target.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results" / "runs.parquet"
 PHASES = ("search", "main", "lever", "ablation", "map")
-SEEDS: Mapping[str, int] = {"main": 5, "lever": 3, "ablation": 3, "map": 2}
+SEEDS: Mapping[str, int] = {"main": 5, "lever": 3, "ablation": 3, "map": 3}
 SEARCH_POINTS = (20, 30)
 MAP_ARMS = ("flow_grpo", "op_grpo", "forward_replay")
 MAP_ITERATIONS = 40
@@ -27,6 +27,7 @@ MAP: Mapping[str, Settings] = {
     "group of 16": {"rollout": {"group_size": 16, "prompts_per_iteration": 4}},
     "revisit after 2": {"prompts": {"limit": 16}},
     "revisit after 48": {"prompts": {"limit": 384}},
+    "partial credit": {"reward": {"name": "scene_soft"}},
     "rare success": {"reward": {"name": "benchmarks.steps_to_target.preference:rare"}},
 }
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
-import math
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from pipelines.experiment import Experiment, Outcome
-    from pipelines.loop import Result
+    from pipelines.experiment import Experiment
 
 app = typer.Typer(
     help="Off-policy GRPO for flow-matching models over a store of trajectories that you can query with SQL.",
@@ -28,15 +24,6 @@ app = typer.Typer(
 )
 
 DEFAULT_STORE = "opgrpo-store"
-PIPE_WIDTH = 100_000
-LEARNING_CURVE = (
-    "SELECT iteration, count(*) AS n, avg(value) AS reward FROM trajectories JOIN rewards USING (trajectory_id) "
-    "WHERE {mine} GROUP BY 1 ORDER BY 1"
-)
-OLDEST_ENTRIES = (
-    "SELECT text, decayed_reward, age FROM buffer JOIN prompts USING (prompt_id) "
-    "WHERE {mine} AND iteration = {last} ORDER BY age DESC LIMIT 10"
-)
 QUICKSTART = Path(__file__).parent / "pipelines" / "embedded" / "quickstart.yaml"
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file, for example examples/quickstart.yaml")]
@@ -45,6 +32,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a s
 ImportBuffer = Annotated[
     str | None, typer.Option(help="start from the replay buffers of another store; the same as --set replay.import_buffer=...")
 ]
+PolicyId = Annotated[str, typer.Option("--policy", help="policy_id, the beginning of it, or `last`: the newest average")]
 Iteration = Annotated[int | None, typer.Option(min=0, help="which iteration; by default the one the run is in")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
@@ -78,17 +66,6 @@ def _experiment(config: Path, store: str, overrides: list[str] | None, quiet: bo
     return bind(store, load_config(config, overrides or ()), Progress(quiet))
 
 
-def _print_outcome(outcome: Outcome, dry_run: bool, as_json: bool) -> None:
-    if as_json:
-        typer.echo(_json({**asdict(outcome), "dry_run": dry_run}))
-        return
-    where = "" if outcome.iteration is None else f" iteration {outcome.iteration}"
-    verb = "would do" if dry_run else "done"
-    work = f"{verb} {outcome.done}, already there {outcome.skipped}" if outcome.done else "nothing to do"
-    told = "".join(f", {name} {value}" for name, value in outcome.detail.items())
-    typer.echo(f"{outcome.stage}{where}: {work}{told}")
-
-
 @app.command()
 def init(
     config: ConfigPath,
@@ -105,11 +82,12 @@ def init(
             from pipelines.config import load_config
 
             told = {"store": store, "run_id": load_config(config, overrides or ()).run_id}
-            typer.echo(_json(told) if as_json else f"would register run {told['run_id']} in store {told['store']}")
-            return
-        experiment = _experiment(config, store, overrides, quiet=True, init=True)
-        told = {"store": experiment.store.directory.url, "run_id": experiment.run_id}
-        typer.echo(_json(told) if as_json else f"run {told['run_id']} is in store {told['store']}")
+            said = f"would register run {told['run_id']} in store {told['store']}"
+        else:
+            experiment = _experiment(config, store, overrides, quiet=True, init=True)
+            told = {"store": experiment.store.directory.url, "run_id": experiment.run_id}
+            said = f"run {told['run_id']} is in store {told['store']}"
+        typer.echo(json.dumps(told) if as_json else said)
 
 
 def _importing(overrides: list[str] | None, import_buffer: str | None) -> list[str]:
@@ -130,10 +108,12 @@ def _stage(name: str, path: str, which: Callable[[Experiment, int | None], int |
         quiet: Quiet = False,
     ) -> None:
         with _errors():
+            from pipelines.console import show_outcome
+
             module, _, function = path.partition(":")
             experiment = _experiment(config, store, overrides, quiet)
             outcome = getattr(import_module(module), function)(experiment, which(experiment, iteration), dry_run)
-            _print_outcome(outcome, dry_run, as_json)
+            show_outcome(outcome, dry_run, as_json)
 
 
 def _current(experiment: Experiment, iteration: int | None) -> int:
@@ -232,80 +212,85 @@ def sql(
     with _errors():
         from opgrpo_data.catalog import Catalog
         from opgrpo_data.store import Store
+        from pipelines.console import show_table, to_json
 
         rows = Catalog(Store.open(store)).query(query).to_pylist()
         if as_json:
-            typer.echo(_json(rows))
+            typer.echo(to_json(rows))
         else:
-            _print_table(rows)
+            show_table(rows)
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="what to draw")],
+    policy: PolicyId,
+    store: StoreUrl = DEFAULT_STORE,
+    to: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
+    count: Annotated[int, typer.Option(min=1, help="samples of each prompt")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 28,
+    seed: Annotated[int, typer.Option(min=0, help="of the noise: the same for every policy")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures (or videos) with a policy of the store."""
+    with _errors():
+        from opgrpo_data.store import Store
+        from pipelines.sample import sample
+
+        paths = sample(Store.open(store), policy, prompts, to, count=count, num_steps=steps, seed=seed)
+        told = [str(path) for path in paths]
+        typer.echo(json.dumps(told) if as_json else "\n".join(told))
+
+
+@app.command()
+def export(
+    policy: PolicyId,
+    to: Annotated[Path, typer.Option(help="a new folder")],
+    store: StoreUrl = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Write a policy as files that diffusers loads (a LoRA, or the whole transformer), with a model card."""
+    with _errors():
+        from opgrpo_data.store import Store
+        from pipelines.console import show
+        from pipelines.export import export
+
+        show(export(Store.open(store), policy, to), as_json)
+
+
+@app.command(name="serve-reward")
+def serve_reward(
+    name: Annotated[str, typer.Argument(help="registered reward, or module:attribute of your own")],
+    options: Annotated[str, typer.Option(help="passed to the reward's factory, as a JSON object")] = "{}",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
+    token_variable: Annotated[str | None, typer.Option(help="environment variable with the token that clients send")] = None,
+) -> None:
+    """Offer a reward to other machines over HTTP, until stopped; there, reward.name is http."""
+    with _errors():
+        from pipelines.reward_server import serve
+
+        serve(name, options, host, port, token_variable)
 
 
 def _run(config: Path, store: str, overrides: list[str] | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    from pipelines.console import show, show_result, to_json
     from pipelines.experiment import trained_iterations
-    from pipelines.loop import estimate, run
 
     if dry_run:
         from pipelines.config import load_config
+        from pipelines.estimate import estimate
 
         wanted = load_config(config, overrides or ())
-        told: dict[str, Any] = estimate(wanted, trained_iterations(store, wanted))
-        typer.echo(_json(told) if as_json else "\n".join(f"{name}: {value}" for name, value in told.items()))
+        show(estimate(wanted, trained_iterations(store, wanted)), as_json)
         return
+    from pipelines.loop import run
+
     result = run(_experiment(config, store, overrides, quiet, init=True))
     if as_json:
-        typer.echo(_json(asdict(result)))
+        typer.echo(to_json(asdict(result)))
     else:
-        _print_result(config, overrides or [], result)
-
-
-def _print_result(config: Path, overrides: list[str], result: Result) -> None:
-    """Before and after, where things lie, and three commands to go on with, ready to be pasted into a shell."""
-    if result.held_out_before is not None and result.held_out_after is not None:
-        gain = result.held_out_after - result.held_out_before
-        typer.echo(
-            f"\nheld-out reward before {result.held_out_before:.3f}, after {result.held_out_after:.3f} "
-            f"({gain:+.3f} ± {result.gain_error:.3f}, {result.samples} samples)\n"
-            f"pictures before and after: {result.picture}"
-        )
-    typer.echo(f"store: {result.store} (run {result.run_id}, policy {result.policy_id})\ngo on with:")
-    mine, last = f"run_id = '{result.run_id}'", result.iterations - 1
-    longer = [*(part for override in overrides for part in ("--set", override)), "--set", f"iterations={2 * result.iterations}"]
-    for command in (
-        ["opgrpo", "sql", "--store", result.store, LEARNING_CURVE.format(mine=mine)],
-        ["opgrpo", "sql", "--store", result.store, OLDEST_ENTRIES.format(mine=mine, last=last)],
-        ["opgrpo", "run", str(config), "--store", result.store, *longer],
-    ):
-        typer.echo(f"  {' '.join(map(_quoted, command))}")
-
-
-def _quoted(word: str) -> str:
-    """The word for a shell: in double quotes where those are legible and safe, which shlex never uses."""
-    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*(rows[0] if rows else ["no rows"]))
-    for row in rows:
-        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
-    # Into a pipe nothing is cut: the reader there has no narrow window.
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table, markup=False)
-
-
-def _json(value: Any) -> str:
-    """One line of valid JSON."""
-    return json.dumps(_plain(value), default=str, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    """The value with null in place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        show_result(config, overrides or [], result)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Everything `train` will do is decided here, from stored numbers only, and stored
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -43,6 +44,7 @@ class WeightRule:
 class PlanRule:
     """How scored groups become a plan (docs/maths.md, section 4).
 
+    advantage_parts: what advantages are made of: the reward (sum), or the parts of a composite reward (zscore, gdpo).
     advantage_std: divide by the reward's standard deviation within the group, or over the whole batch.
     advantage_clip: |advantage| is cut here.
     weight: of continuations and reused members.
@@ -55,6 +57,7 @@ class PlanRule:
     seed: of every random choice.
     """
 
+    advantage_parts: Literal["sum", "zscore", "gdpo"]
     advantage_std: Literal["group", "global"]
     advantage_clip: float
     weight: WeightRule
@@ -81,7 +84,7 @@ def build_plan(
     members = (
         cast(pl.DataFrame, pl.from_arrow(trajectories))
         .join(
-            cast(pl.DataFrame, pl.from_arrow(rewards.select(["trajectory_id", "value"]))).rename({"value": "reward"}),
+            cast(pl.DataFrame, pl.from_arrow(rewards.select(["trajectory_id", "value", "detail"]))).rename({"value": "reward"}),
             on="trajectory_id",
         )
         .filter(pl.col("reward").is_finite() & ~pl.col("trajectory_id").is_in(list(excluded)))
@@ -91,7 +94,7 @@ def build_plan(
     if members.is_empty():
         raise StoreError("no trajectory of this iteration has a usable reward: see the view reward_errors")
     fresh = members.with_columns(
-        advantage=advantages(rule).clip(-rule.advantage_clip, rule.advantage_clip),
+        advantage=advantages(members, rule).clip(-rule.advantage_clip, rule.advantage_clip),
         prefix_steps=pl.col("prefix_steps").fill_null(0),
         born_iteration=pl.col("iteration"),
         role=pl.when(pl.col("prefix_steps") > 0).then(pl.lit("continuation")).otherwise(pl.lit("fresh")),
@@ -117,14 +120,56 @@ def build_plan(
     return pa.Table.from_pylist(_deal(rows, rule), schema=PLANS)
 
 
-def advantages(rule: PlanRule) -> pl.Expr:
+def advantages(members: pl.DataFrame, rule: PlanRule) -> pl.Series:
+    """Advantage of each member, before it is clipped (docs/maths.md, section 4).
+
+    sum: of the reward. zscore: of the weighted sum of the parts, each standardised over the batch. gdpo: the weighted sum
+    of the parts' own advantages, over its standard deviation in the batch (GDPO, arXiv 2601.05242).
+    """
+    if rule.advantage_parts == "sum":
+        return members.select(group_advantages(pl.col("reward"), rule)).to_series()
+    parts, weights = reward_parts(members)
+    told = pl.concat([members.select("group_id"), parts], how="horizontal")
+    if rule.advantage_parts == "zscore":
+        summed = pl.sum_horizontal(weight * standardised(pl.col(name)) for name, weight in weights.items())
+        return told.with_columns(zscore=summed).select(group_advantages(pl.col("zscore"), rule)).to_series()
+    summed = pl.sum_horizontal(weight * group_advantages(pl.col(name), rule) for name, weight in weights.items())
+    return told.select(gdpo=summed).select(scaled(pl.col("gdpo"))).to_series()
+
+
+def group_advantages(reward: pl.Expr, rule: PlanRule) -> pl.Expr:
     """A = (R - mean of the group) / (std + delta), population std of the group or of the batch (docs/maths.md, section 4)."""
-    reward = pl.col("reward")
     centred = reward - reward.mean().over("group_id")
     spread = reward.std(ddof=0).over("group_id") if rule.advantage_std == "group" else reward.std(ddof=0)
     # Equal rewards leave a rounding error that is no advantage: such a group is dead.
     dead = (reward.max() == reward.min()).over("group_id")
     return pl.when(dead).then(0.0).otherwise(centred / (spread + ADVANTAGE_DELTA))
+
+
+def standardised(values: pl.Expr) -> pl.Expr:
+    """(V - mean) / (std + delta) over the batch, population std."""
+    return scaled(values - values.mean())
+
+
+def scaled(values: pl.Expr) -> pl.Expr:
+    """V / (std + delta) over the batch, population std.
+
+    Sums of advantages have the mean 0 already, which nobody subtracts again: an advantage of 0 stays exactly 0.
+    """
+    return values / (values.std(ddof=0) + ADVANTAGE_DELTA)
+
+
+def reward_parts(members: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, float]]:
+    """The values of a composite reward's parts, one column a part, rows as in `members`; and the weights, by part.
+
+    Raises StoreError when the reward rows do not tell them.
+    """
+    details = [json.loads(detail) if detail else {} for detail in members["detail"]]
+    if not all({"parts", "weights"} <= set(detail) for detail in details):
+        raise StoreError("the stored rewards do not tell their parts: score with reward.name composite, or plan by their sum")
+    weights = {f"part {name}": weight for name, weight in details[0]["weights"].items()}
+    values = {name: [detail["parts"][name.removeprefix("part ")] for detail in details] for name in weights}
+    return pl.DataFrame(values, schema=dict.fromkeys(weights, pl.Float64)), weights
 
 
 def off_policy_steps(row: dict[str, Any]) -> int:

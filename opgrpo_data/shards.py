@@ -1,7 +1,7 @@
 """One shard: two tars and the Parquet index that commits them. Written once, read by offset, verified by checksum.
 
     <shard>.<attempt>.latents.tar   <trajectory_id>.latents.npy: all T+1 latents of one trajectory, first step first
-    <shard>.<attempt>.media.tar     <trajectory_id>.png | .webp and <trajectory_id>.json: what scorers and people read
+    <shard>.<attempt>.media.tar     <trajectory_id>.png | .webp | .mp4 and <trajectory_id>.json: what scorers and people read
     <shard>.parquet                 one row a trajectory: offsets into both tars and checksums. Written LAST: the commit
 
 A shard without an index does not exist for any reader. The index names its tars, and every attempt at a shard writes tars

@@ -88,6 +88,7 @@ class RunConfig(Section):
         """The part of the configuration that the plan of `iteration` needs."""
         replay, train = self.replay, self.train
         return PlanRule(
+            advantage_parts=train.advantage_parts,
             advantage_std=train.advantage_std,
             advantage_clip=train.advantage_clip,
             weight=WeightRule(
@@ -127,6 +128,11 @@ def _train_refusals(config: RunConfig) -> Iterator[str]:
         yield (
             "train.objective forward has no ratios and no denoising steps: leave train.ratio_norm, train.kl_beta and "
             "train.step_fraction at their defaults"
+        )
+    if train.advantage_parts != "sum" and config.reward.name != "composite":
+        yield (
+            f"train.advantage_parts {train.advantage_parts} normalises the parts of a composite reward, and reward.name is "
+            f"{config.reward.name}: list them in a composite, or leave it at sum"
         )
     if isinstance(train.step_weight, list) and len(train.step_weight) != rollout.num_steps:
         yield f"train.step_weight lists {len(train.step_weight)} weights for {rollout.num_steps} denoising steps"

@@ -20,7 +20,7 @@ from pipelines.experiment import Experiment, Outcome
 from pipelines.policies.base import Policy
 from pipelines.prompts import Prompt, thinned
 from pipelines.rewards.base import Media, Reward
-from pipelines.score import Judgement, judge
+from pipelines.rewards.judge import Judgement, judge
 
 
 @dataclass(frozen=True)

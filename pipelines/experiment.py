@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
-
 from opgrpo_data.errors import StoreError
 from opgrpo_data.ids import canonical_json
 from opgrpo_data.io import Directory
@@ -24,7 +22,7 @@ from pipelines.groups import prompts_of
 from pipelines.imports import import_buffer, open_source
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt, load_prompts, thinned
-from pipelines.rewards.base import REWARDS, Reward, checked
+from pipelines.rewards.base import Reward, build_reward
 from pipelines.settings import RewardConfig
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; `select` and `score` do without
@@ -67,6 +65,7 @@ class Experiment:
         source = open_source(config)
         policy = _load_policy(config)  # may fail: before anything is made, too
         experiment = cls(Store.create(url), config, progress)
+        policy.prepare(experiment.store.directory, [p.text for members in _limited(prompts, config).values() for p in members])
         experiment.policy = policy
         paths = {
             split: experiment.store.add_prompts([{"text": p.text, "metadata": p.metadata} for p in members], split)
@@ -117,11 +116,15 @@ class Experiment:
         from pipelines.learner import Learner
 
         learner = Learner(self.policy, self.config.train)
-        if self._registered and self.document["base_policy_id"] != learner.policy_id:
+        if not self._registered:
+            return learner
+        if self.document["base_policy_id"] != learner.policy_id:
             raise StoreError(
                 f"the model {self.config.policy.model!r} is not the one that run {self.run_id} began with (policy "
                 f"{self.document['base_policy_id']}, now {learner.policy_id}): restore it, or init a run of another name"
             )
+        texts = [prompt.text for prompts in self.prompts.values() for prompt in prompts]
+        self.policy.prepare(self.store.directory, texts)  # not before it is known to be the run's
         return learner
 
     def learner(self, iteration: int) -> Learner:
@@ -143,7 +146,7 @@ class Experiment:
         """The reward of a configuration, built once."""
         key = canonical_json(config.model_dump(mode="json"))
         if key not in self._rewards:
-            self._rewards[key] = checked(REWARDS.build(config.name, **config.options), config.name)
+            self._rewards[key] = build_reward(config.name, config.options)
         return self._rewards[key]
 
     @property
@@ -212,11 +215,6 @@ class Experiment:
             kept = to_bytes(learner.average)
             self.register_policy(policy_id, learner.policy_id, iteration=iteration, kind="average", weights=kept)
         return policy_id
-
-    def scored_ids(self, paths: list[str]) -> set[str]:
-        """Trajectories that have a value, not only an error, in these reward files."""
-        table = self.store.read_tables("rewards", paths)
-        return set(table.filter(pc.is_null(table["error"]))["trajectory_id"].to_pylist())
 
 
 def trained_iterations(url: str, config: RunConfig) -> int:

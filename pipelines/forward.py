@@ -18,15 +18,29 @@ from opgrpo_data.plan import origin
 from pipelines import objective, sampler
 from pipelines.experiment import Experiment
 from pipelines.learner import Learner
+from pipelines.loss import Backward
 from pipelines.trajectories import to_tensor
 
 Rows = list[dict[str, Any]]
 
 
 def forward_loss(
-    experiment: Experiment, learner: Learner, rows: Rows, stored: list[Any]
-) -> tuple[Tensor, dict[str, dict[str, Any]]]:
-    """The loss summed over M rows (differentiable), and what `updates` says of each. stored: per row x_T, (1, ...)."""
+    experiment: Experiment, learner: Learner, rows: Rows, stored: list[Any], backward: Backward
+) -> dict[str, dict[str, Any]]:
+    """The forward objective over M rows. stored: per row x_T, (1, ...)."""
+    pairs, draws = experiment.config.train.pairs_per_pass, experiment.config.train.forward.draws
+    size = len(rows) if pairs is None else max(pairs // draws, 1)
+    told: dict[str, dict[str, Any]] = {}
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        loss = _losses(experiment, learner, part, stored[start : start + size])
+        backward(loss.sum())
+        told |= {row["trajectory_id"]: {"loss": float(value)} for row, value in zip(part, loss.detach(), strict=True)}
+    return told
+
+
+def _losses(experiment: Experiment, learner: Learner, rows: Rows, stored: list[Any]) -> Tensor:
+    """The loss of each of M rows, (M,) float64, differentiable."""
     config, policy = experiment.config.train.forward, learner.policy
     samples = torch.cat([to_tensor(array, row["latent_dtype"]) for array, row in zip(stored, rows, strict=True)])
     samples = samples.to(policy.device).repeat_interleave(config.draws, 0)
@@ -42,9 +56,7 @@ def forward_loss(
     optimal = objective.optimality(_per_row(rows, "advantage", policy.device), config.advantage_scale)
     optimal = optimal.repeat_interleave(config.draws)
     contrast = objective.forward_contrast(current, old, noise - samples, optimal, config.strength)
-    loss = _per_row(rows, "importance_weight", policy.device) * contrast.view(len(rows), config.draws).mean(1)
-    told = {row["trajectory_id"]: {"loss": float(value)} for row, value in zip(rows, loss.detach(), strict=True)}
-    return loss.sum(), told
+    return _per_row(rows, "importance_weight", policy.device) * contrast.view(len(rows), config.draws).mean(1)
 
 
 def _per_row(rows: Rows, name: str, device: torch.device) -> Tensor:

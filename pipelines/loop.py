@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow.compute as pc
 
 from pipelines import media
-from pipelines.config import RunConfig
 from pipelines.evaluation import draw_samples, evaluate, evaluation_name, evaluation_samples, gain, judge_samples
 from pipelines.experiment import Experiment, Outcome
 from pipelines.prompts import Prompt, thinned
@@ -31,12 +29,14 @@ GRID_PICTURES = 5
 class Result:
     """What a run came to.
 
-    policy_id: the averaged weights after the last iteration. held_out_before, held_out_after: mean evaluation reward of
-    the base policy and of that one; gain_error: standard error of their difference. None without held-out prompts.
+    reward: what was trained on. policy_id: the averaged weights after the last iteration. held_out_before, held_out_after:
+    mean evaluation reward of the base policy and of that one; gain_error: standard error of their difference. None without
+    held-out prompts.
     """
 
     store: str
     run_id: str
+    reward: str
     policy_id: str
     iterations: int
     held_out_before: float | None
@@ -64,16 +64,14 @@ def run(experiment: Experiment) -> Result:
             _tell(experiment, evaluate(experiment, iteration))
         _iterate(experiment, iteration)
     policy_id = experiment.keep_average(last)
+    reward = experiment.reward(experiment.config.reward).name
+    common = (experiment.store.directory.url, experiment.run_id, reward, policy_id, last)
     if not measured:
-        spent = time.monotonic() - began
-        return Result(experiment.store.directory.url, experiment.run_id, policy_id, last, None, None, None, 0, spent, None)
+        return Result(*common, None, None, None, 0, time.monotonic() - began, None)
     before, after = evaluate(experiment, 0), evaluate(experiment, last)
     _tell(experiment, after)
     return Result(
-        store=experiment.store.directory.url,
-        run_id=experiment.run_id,
-        policy_id=policy_id,
-        iterations=last,
+        *common,
         held_out_before=before.detail["mean"],
         held_out_after=after.detail["mean"],
         gain_error=gain(experiment, 0, last)[1],
@@ -97,22 +95,6 @@ def _due(experiment: Experiment, iteration: int) -> bool:
     that a run that was killed in an evaluation makes up for it."""
     every = experiment.config.eval.every
     return iteration == 0 or (every is not None and iteration % every == 0)
-
-
-def estimate(config: RunConfig, trained: int) -> dict[str, Any]:
-    """What `run` would do, from the configuration and the iterations that are trained already."""
-    rollout, missing = config.rollout, max(config.iterations - trained, 0)
-    trajectories = missing * rollout.prompts_per_iteration * rollout.group_size
-    return {
-        "run_id": config.run_id,
-        "algorithm": config.algorithm,
-        "iterations_done": trained,
-        "iterations_to_do": missing,
-        "trajectories": trajectories,
-        "denoising_steps": trajectories * rollout.num_steps,
-        "optimizer_steps": missing * config.train.epochs * config.train.optimizer_steps,
-        "evaluation_samples_each": config.eval.samples,
-    }
 
 
 def _tell(experiment: Experiment, outcome: Outcome) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from opgrpo_data.errors import StoreError
 from opgrpo_data.ids import canonical_json
@@ -17,13 +18,21 @@ from pipelines.experiment import Experiment
 from pipelines.learner import Learner
 from pipelines.settings import TrainConfig
 from pipelines.trajectories import to_tensor
+from pipelines.weights import Weights
 
 Rows = list[dict[str, Any]]
+Backward = Callable[[Tensor], None]
+"""Takes the loss of a part of a batch, summed over its trajectories, and adds its gradient."""
+Objective = Callable[[Experiment, Learner, Rows, list[Any], Backward], dict[str, dict[str, Any]]]
+"""Trains on M rows of a plan with their stored latents, part by part; returns what `updates` says of each."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """N (trajectory, step) pairs of M rows. row, steps: (N,) int64; latents, following: (N, *latent_shape) float32."""
+    """N (trajectory, step) pairs of M rows. row, steps: (N,) int64; latents, following: (N, *latent_shape) float32.
+
+    weight: (N,) float64, of the step within its trajectory: they sum to 1 over the steps S_i of a row.
+    """
 
     rows: Rows
     texts: list[str]
@@ -32,6 +41,15 @@ class Pairs:
     steps: Tensor
     latents: Tensor
     following: Tensor
+    weight: Tensor
+
+    def parts(self, size: int | None) -> Iterator[Pairs]:
+        """Consecutive pairs, at most `size` at a time (None: all at once). Losses of parts add up to the whole's."""
+        count = len(self.steps)
+        for start in range(0, count, size or count):
+            end = start + (size or count)
+            cut = (tensor[start:end] for tensor in (self.row, self.steps, self.latents, self.following, self.weight))
+            yield Pairs(self.rows, self.texts[start:end], self.grid, *cut)
 
     def per_row(self, name: str) -> Tensor:
         """A column of the plan, per pair: (N,) float64."""
@@ -64,14 +82,18 @@ def make_pairs(rows: Rows, stored: list[Any], experiment: Experiment) -> Pairs:
         raise StoreError(f"one microstep of the plan mixes trajectories of {len(kinds)} samplers, sigma grids or shapes")
     latents = [to_tensor(array, row["latent_dtype"]) for array, row in zip(stored, rows, strict=True)]
     where = [(i, k) for i, row in enumerate(rows) for k in row["train_steps"]]
+    grid = sampler.transitions(first["sampler"], first["sigmas"], first["noise_level"])
+    row_of = torch.tensor([i for i, _ in where], device=policy.device)
+    steps = torch.tensor([k for _, k in where], device=policy.device)
     return Pairs(
         rows=rows,
         texts=[experiment.prompt_of[rows[i]["prompt_id"]].text for i, _ in where],
-        grid=sampler.transitions(first["sampler"], first["sigmas"], first["noise_level"]),
-        row=torch.tensor([i for i, _ in where], device=policy.device),
-        steps=torch.tensor([k for _, k in where], device=policy.device),
+        grid=grid,
+        row=row_of,
+        steps=steps,
         latents=torch.stack([latents[i][k] for i, k in where]).to(policy.device),
         following=torch.stack([latents[i][k + 1] for i, k in where]).to(policy.device),
+        weight=_step_weights(grid, row_of, steps, experiment.config.train),
     )
 
 
@@ -86,12 +108,17 @@ class Terms:
 
 
 def clipped_loss(
-    experiment: Experiment, learner: Learner, rows: Rows, stored: list[Any]
-) -> tuple[Tensor, dict[str, dict[str, Any]]]:
-    """The loss summed over M rows (differentiable), and what `updates` says of each. stored: per row x_0..x_K."""
+    experiment: Experiment, learner: Learner, rows: Rows, stored: list[Any], backward: Backward
+) -> dict[str, dict[str, Any]]:
+    """The clipped objective over M rows. stored: per row x_0..x_K."""
+    config = experiment.config
     pairs = make_pairs(rows, stored, experiment)
-    terms = loss_terms(learner, pairs, experiment.config.train, experiment.config.replay.correction)
-    return terms.loss.sum(), report(pairs, terms)
+    done = []
+    for part in pairs.parts(config.train.pairs_per_pass):
+        terms = loss_terms(learner, part, config.train, config.replay.correction)
+        backward(terms.loss.sum())
+        done.append((terms.loss.detach(), terms.ratio.detach(), terms.clipped, terms.kl.detach()))
+    return report(pairs, Terms(*(torch.cat(columns) for columns in zip(*done, strict=True))))
 
 
 def loss_terms(learner: Learner, pairs: Pairs, config: TrainConfig, correction: str) -> Terms:
@@ -113,11 +140,11 @@ def loss_terms(learner: Learner, pairs: Pairs, config: TrainConfig, correction: 
         kl = _divergence(learner, pairs, sigmas, velocity, config, learner.reference)
         loss = loss + config.kl_beta * kl
     clipped = objective.is_clipped(ratio, advantage, config.clip_low, config.clip_high)
-    return Terms(loss * _step_weights(pairs, config), ratio, clipped, kl)
+    return Terms(loss * pairs.weight, ratio, clipped, kl)
 
 
 def _divergence(
-    learner: Learner, pairs: Pairs, sigmas: Tensor, velocity: Tensor, config: TrainConfig, other: nn.Module
+    learner: Learner, pairs: Pairs, sigmas: Tensor, velocity: Tensor, config: TrainConfig, other: Weights
 ) -> Tensor:
     """KL(current || other) per pair, (N,) float64, differentiable in the current policy."""
     policy = learner.policy
@@ -127,11 +154,10 @@ def _divergence(
     return objective.gaussian_kl(offset, other_offset, pairs.std, config.ratio_reduction)
 
 
-def _step_weights(pairs: Pairs, config: TrainConfig) -> Tensor:
-    """Weight of each pair's step within its trajectory, (N,) float64: they sum to 1 over the steps S_i of a row."""
-    weight = torch.as_tensor(_weight_of_steps(pairs.grid, config), device=pairs.steps.device)[pairs.steps]
-    totals = torch.zeros(len(pairs.rows), dtype=torch.float64, device=weight.device).index_add_(0, pairs.row, weight)
-    return weight / totals[pairs.row]
+def _step_weights(grid: sampler.Transitions, row: Tensor, steps: Tensor, config: TrainConfig) -> Tensor:
+    weight = torch.as_tensor(_weight_of_steps(grid, config), device=steps.device)[steps]
+    totals = torch.zeros(int(row.max()) + 1, dtype=torch.float64, device=weight.device).index_add_(0, row, weight)
+    return weight / totals[row]
 
 
 def _weight_of_steps(grid: sampler.Transitions, config: TrainConfig) -> NDArray[np.float64]:
@@ -149,9 +175,9 @@ def report(pairs: Pairs, terms: Terms) -> dict[str, dict[str, Any]]:
     for i, row in enumerate(pairs.rows):
         mine = pairs.row == i
         report[row["trajectory_id"]] = {
-            "loss": float(terms.loss.detach()[mine].sum()),
-            "ratio": terms.ratio.detach()[mine].tolist(),
+            "loss": float(terms.loss[mine].sum()),
+            "ratio": terms.ratio[mine].tolist(),
             "clipped": terms.clipped[mine].tolist(),
-            "kl": terms.kl.detach()[mine].tolist(),
+            "kl": terms.kl[mine].tolist(),
         }
     return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -12,11 +12,17 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Builds things by name. The modules behind the names are imported only when asked for."""
+    """Builds things by name. The modules behind the names are imported only when asked for.
 
-    def __init__(self, kind: str, known: Mapping[str, str]) -> None:
+    as_factory: turns what an import path leads to into a factory, where that may be something else.
+    """
+
+    def __init__(
+        self, kind: str, known: Mapping[str, str], as_factory: Callable[[Any], Callable[..., T]] = lambda found: found
+    ) -> None:
         self.kind = kind
         self.known = dict(known)
+        self.as_factory = as_factory
 
     def build(self, name: str, /, **options: Any) -> T:
         """Import the factory called `name` and call it with `options`.
@@ -33,11 +39,11 @@ class Registry(Generic[T]):
             )
         try:
             _make_working_directory_importable()
-            factory = getattr(importlib.import_module(module_name), attribute)
+            found = getattr(importlib.import_module(module_name), attribute)
         except Exception as error:  # users' modules fail in every way there is
             raise ValueError(f"cannot import {self.kind} {path!r}: {type(error).__name__}: {error}") from error
         try:
-            built: T = factory(**options)
+            built = self.as_factory(found)(**options)
         except ValueError:
             raise
         except Exception as error:

@@ -124,6 +124,8 @@ class RewardConfig(Section):
     name: str = Field("scene_strict", description="registered reward, or module:attribute of your own")
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the reward's factory")
     batch_size: int = Field(64, ge=1, description="samples per call")
+    # Left out of what is stored and compared: it changes how fast a run is scored, not what it is.
+    workers: int = Field(0, ge=0, exclude=True, description="processes that score for `opgrpo score`; 0: this one")
 
 
 class ForwardConfig(Section):
@@ -138,7 +140,8 @@ class ForwardConfig(Section):
 class TrainConfig(Section):
     """How the policy is updated."""
 
-    lr: float = Field(2e-4, gt=0, description="AdamW learning rate")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: moments in 8 bits (extra `8bit`)")
+    lr: float = Field(2e-4, gt=0, description="learning rate")
     lr_by_signal: bool = Field(False, description="scale lr by the share of an iteration's groups whose rewards differ")
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
@@ -149,11 +152,17 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer_steps: int = Field(2, ge=1, description="updates per epoch")
     epochs: int = Field(1, ge=1, description="how often an iteration goes through its batch")
-    microbatch: int = Field(64, ge=1, description="trajectories per forward pass")
+    microbatch: int = Field(64, ge=1, description="trajectories read at a time")
+    pairs_per_pass: int | None = Field(
+        None, ge=1, description="(trajectory, step) pairs per forward and backward pass; None: all that were read"
+    )
     window: int | None = Field(5, ge=1, description="train only the first so many denoising steps; None: all")
     step_fraction: float = Field(1.0, gt=0, le=1, description="random share of those steps that each trajectory trains")
     step_weight: Literal["transition_std", "uniform", "inverse_step"] | list[PositiveFloat] = Field(
         "transition_std", description="weight of a step's loss: s_k, equal, 1/d_k (GRPO-Guard's), or a list of T numbers"
+    )
+    advantage_parts: Literal["sum", "zscore", "gdpo"] = Field(
+        "sum", description="composite rewards: sum the parts, their z-scores over the batch, or their advantages (GDPO)"
     )
     advantage_std: Literal["group", "global"] = "group"
     advantage_clip: float = Field(5.0, gt=0)
@@ -164,7 +173,8 @@ class TrainConfig(Section):
         False, description="RatioNorm: log-ratio without its bias, in units of s_k (one more forward pass)"
     )
     kl_beta: float = Field(0.0, ge=0, description="weight of KL(current || reference); 0: no reference policy")
-    ema_decay: float = Field(0.9, ge=0, lt=1, description="per iteration; evaluation uses the averaged weights")
+    ema_decay: float = Field(0.9, ge=0, lt=1, description="per update of the average; evaluation uses the averaged weights")
+    ema_every: int = Field(1, ge=1, description="iterations between updates of the average")
     keep_states: int = Field(2, ge=2, description="training states kept on disk, newest first")
 
 
@@ -177,3 +187,10 @@ class EvalConfig(Section):
     batch_size: int = Field(128, ge=1, description="trajectories per forward pass")
     reward: RewardConfig | None = Field(None, description="None: the reward that is trained on")
     seed: int = Field(0, ge=0, description="of the evaluation noise: the same for every policy")
+
+    @field_validator("reward")
+    @classmethod
+    def _judged_here(cls, reward: RewardConfig | None) -> RewardConfig | None:
+        if reward is not None and reward.workers:
+            raise ValueError("evaluation scores in its own process: leave eval.reward.workers at 0")
+        return reward

@@ -7,8 +7,7 @@ from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
-import torch
-from torch import nn
+from torch import Tensor
 
 from opgrpo_data.errors import StoreError
 from opgrpo_data.schema import UPDATES, table_of
@@ -17,11 +16,11 @@ from opgrpo_data.stream import Batch, stream
 from pipelines.experiment import Experiment, Outcome
 from pipelines.forward import forward_loss
 from pipelines.learner import Learner
-from pipelines.loss import clipped_loss
+from pipelines.loss import Objective, clipped_loss
 
 Rows = list[dict[str, Any]]
 
-OBJECTIVES = {"clipped": clipped_loss, "forward": forward_loss}
+OBJECTIVES: dict[str, Objective] = {"clipped": clipped_loss, "forward": forward_loss}
 
 # What `updates` repeats of a plan's row, so that one table says what training did and why.
 TOLD = ("trajectory_id", "group_id", "role", "age", "reward", "advantage", "importance_weight", "predicted_ess", "train_steps")
@@ -50,7 +49,7 @@ def train(experiment: Experiment, iteration: int, dry_run: bool = False) -> Outc
     updates = _run_plan(experiment, learner, plan)
     if not updates:
         raise StoreError(f"no trajectory in the plan of iteration {iteration} could be read: see the view quarantine")
-    learner.update_average()
+    learner.update_average(iteration)
     new_id = learner.policy_id
     learner.save(store, run_id, iteration + 1)
     experiment.register_policy(new_id, old_id, iteration=iteration + 1, kind="trained", weights=None)
@@ -66,18 +65,12 @@ def _run_plan(experiment: Experiment, learner: Learner, plan: pa.Table) -> Rows:
     """All optimizer steps; returns the rows of `updates` without run and iteration."""
     sizes = plan.group_by("optimizer_step").aggregate([("trajectory_id", "count")]).to_pydict()
     planned = dict(zip(sizes["optimizer_step"], sizes["trajectory_id_count"], strict=True))
-    for group in learner.optimizer.param_groups:
-        group["lr"] = experiment.config.train.lr * plan["lr_scale"][0].as_py()
+    lr = experiment.config.train.lr * plan["lr_scale"][0].as_py()
     updates: Rows = []
     for step, batches in groupby(stream(experiment.store.directory, plan), key=lambda batch: batch.optimizer_step):
-        for parameter in learner.parameters.values():
-            # Zero, not None: a step without gradient must move the weights alike in a fresh and in a resumed process.
-            parameter.grad = torch.zeros_like(parameter)
+        learner.zero_grad()
         rows = [row for batch in batches for row in _accumulate(experiment, learner, batch, planned[step])]
-        grad_norm = float(nn.utils.clip_grad_norm_(learner.parameters.values(), experiment.config.train.max_grad_norm))
-        if not torch.isfinite(torch.tensor(grad_norm)):
-            raise ValueError(f"the gradient of optimizer step {step} is {grad_norm}: lower train.lr or replay.weight_max")
-        learner.optimizer.step()
+        grad_norm = learner.step(lr)
         updates += [{**row, "optimizer_step": step, "grad_norm": grad_norm} for row in rows]
     return updates
 
@@ -97,9 +90,13 @@ def _accumulate(experiment: Experiment, learner: Learner, batch: Batch, planned:
     moving = [i for i, row in enumerate(batch.rows) if row["advantage"] != 0 or always]
     outcomes: dict[str, dict[str, Any]] = {}
     if moving:
-        loss_of = OBJECTIVES[config.objective]
-        loss, outcomes = loss_of(experiment, learner, [batch.rows[i] for i in moving], [batch.latents[i] for i in moving])
-        torch.autograd.backward(loss / planned)
+
+        def backward(loss: Tensor) -> None:
+            learner.backward(loss / planned)
+
+        train_on = OBJECTIVES[config.objective]
+        rows, latents = [batch.rows[i] for i in moving], [batch.latents[i] for i in moving]
+        outcomes = train_on(experiment, learner, rows, latents, backward)
     for row in batch.rows:
         told = {name: row[name] for name in TOLD} | {"path_variance": _variance_of_trained(row)}
         yield told | {"loss": 0.0, "ratio": [], "clipped": [], "kl": []} | outcomes.get(row["trajectory_id"], {})

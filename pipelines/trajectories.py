@@ -164,7 +164,7 @@ def records(
     common: Mapping[str, Any],
 ) -> Iterator[Record]:
     """What the store keeps of B drawn trajectories. common: the columns that all trajectories of the shard share."""
-    pictures = policy.decode(drawn.latents[:, -1])
+    samples = policy.decode(drawn.latents[:, -1])
     for i, member in enumerate(members):
         row = {
             **common,
@@ -180,10 +180,11 @@ def records(
             "old_logprob": drawn.old_logprob[i].tolist(),
             "path_variance": drawn.path_variance[i].tolist(),
         }
+        media_format = media.format_of(samples[i], config.media_format)
         yield Record(
             row,
             to_stored(drawn.latents[i], config.storage_dtype),
-            media.encode(pictures[i], config.media_format),
-            config.media_format,
+            media.encode(samples[i], media_format),
+            media_format,
             {"prompt": member.prompt.text, "metadata": dict(member.prompt.metadata)},
         )

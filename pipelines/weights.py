@@ -21,9 +21,22 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def policy_id(weights: Weights) -> str:
-    """The hash of names, dtypes, shapes and bytes, in the order of the names."""
-    return ids.weights_id(_digest(weights))
+def masters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer moves, by name, float32: the trainable parameters themselves where they are float32, else copies.
+
+    In lower precision a small update of a weight would be rounded away.
+    """
+    return {
+        name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().to(torch.float32))
+        for name, parameter in trainable(module).items()
+    }
+
+
+def policy_id(weights: Weights, identity: str = "") -> str:
+    """The hash of names, dtypes, shapes and bytes, in the order of the names, and of what the weights do not say
+    (`Policy.identity`)."""
+    digest = _digest(weights)
+    return ids.weights_id(hashlib.blake2b(digest + identity.encode()).digest() if identity else digest)
 
 
 def _digest(weights: Weights) -> bytes:
@@ -58,7 +71,12 @@ def from_bytes(data: bytes, where: str) -> dict[str, Tensor]:
 @torch.no_grad()
 def copy_into(module: nn.Module, weights: Weights) -> None:
     """Copy weights into a module's trainable parameters. Raises ValueError when names or shapes do not match."""
-    parameters = trainable(module)
+    copy_onto(trainable(module), weights)
+
+
+@torch.no_grad()
+def copy_onto(parameters: Mapping[str, Tensor], weights: Weights) -> None:
+    """Copy weights onto tensors of the same names and shapes, in these tensors' dtypes. Raises ValueError when they differ."""
     if set(parameters) != set(weights):
         odd = sorted(set(parameters) ^ set(weights))
         raise ValueError(f"these weights are of another model: {len(odd)} parameter names differ, for example {odd[0]!r}")

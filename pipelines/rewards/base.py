@@ -1,9 +1,10 @@
-"""What a reward is: a batch of media with their prompts in, one score per picture out."""
+"""What a reward is: a batch of media with their prompts in, one score per sample out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from pipelines.registry import Registry
 
 Media = NDArray[np.uint8]
-"""One sample as people see it: an image (H, W, 3), 0..255, RGB."""
+"""One sample as people see it: an image (H, W, 3) or a video (F, H, W, 3), uint8, 0..255, RGB."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,17 @@ class Score:
     """One reward for one sample.
 
     `value` is what advantages are made of; a NaN or an infinity counts as a failure of the reward. `detail` is the
-    reward's own record, stored as JSON beside the value.
+    reward's own record, stored as JSON beside the value. `error` says why this one sample has no value, which then does
+    not count: the others of its batch keep theirs.
     """
 
     value: float
     detail: Mapping[str, Any]
+    error: str | None = None
+
+
+class UnavailableError(ValueError):
+    """Nothing can be judged now, whatever the sample: the batch fails as a whole, and nobody tries its samples one by one."""
 
 
 class Reward(Protocol):
@@ -55,10 +62,36 @@ def checked(reward: Reward, name: str) -> Reward:
     return reward
 
 
+def _factory(found: Any) -> Callable[..., Reward]:
+    """What a name leads to, as a factory: a plain function that scores becomes one that wraps it."""
+    from pipelines.rewards.function import FunctionReward, scores_by_itself
+
+    return partial(FunctionReward.of, found) if scores_by_itself(found) else found
+
+
 REWARDS: Registry[Reward] = Registry(
     "reward",
     {
+        "aesthetic": "pipelines.rewards.aesthetic:aesthetic",
+        "clip_score": "pipelines.rewards.clip_score:clip_score",
+        "colourfulness": "pipelines.rewards.colourfulness:colourfulness",
+        "composite": "pipelines.rewards.composite:composite",
+        "geneval": "pipelines.rewards.geneval:geneval",
+        "http": "pipelines.rewards.http:http",
+        "image_reward": "pipelines.rewards.image_reward:image_reward",
+        "jpeg_compressibility": "pipelines.rewards.jpeg_size:compressibility",
+        "jpeg_incompressibility": "pipelines.rewards.jpeg_size:incompressibility",
+        "motion_smoothness": "pipelines.rewards.motion_smoothness:motion_smoothness",
+        "ocr": "pipelines.rewards.ocr:ocr",
+        "pickscore": "pipelines.rewards.pickscore:pickscore",
         "scene_soft": "pipelines.rewards.scene:soft",
         "scene_strict": "pipelines.rewards.scene:strict",
+        "sharpness": "pipelines.rewards.sharpness:sharpness",
     },
+    _factory,
 )
+
+
+def build_reward(name: str, options: Mapping[str, Any]) -> Reward:
+    """The reward of a name (ours, or `module:attribute`) and its options. Raises ValueError as `Registry.build` does."""
+    return checked(REWARDS.build(name, **options), name)

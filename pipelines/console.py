@@ -1,0 +1,93 @@
+"""What commands print: one line for a stage, one JSON object for machines, a table for SQL, advice after a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.experiment import Outcome
+    from pipelines.loop import Result
+
+PIPE_WIDTH = 100_000
+LEARNING_CURVE = (
+    "SELECT iteration, count(*) AS n, avg(value) AS reward FROM trajectories JOIN rewards USING (trajectory_id) "
+    "WHERE {mine} AND reward = '{reward}' GROUP BY 1 ORDER BY 1"
+)
+OLDEST_ENTRIES = (
+    "SELECT text, decayed_reward, age FROM buffer JOIN prompts USING (prompt_id) "
+    "WHERE {mine} AND iteration = {last} ORDER BY age DESC LIMIT 10"
+)
+
+
+def show(told: dict[str, Any], as_json: bool) -> None:
+    """An object as JSON, or as a line for each of its entries."""
+    print(to_json(told) if as_json else "\n".join(f"{name}: {value}" for name, value in told.items()))
+
+
+def show_outcome(outcome: Outcome, dry_run: bool, as_json: bool) -> None:
+    """What a stage did, in one line."""
+    if as_json:
+        print(to_json({**asdict(outcome), "dry_run": dry_run}))
+        return
+    where = "" if outcome.iteration is None else f" iteration {outcome.iteration}"
+    verb = "would do" if dry_run else "done"
+    work = f"{verb} {outcome.done}, already there {outcome.skipped}" if outcome.done else "nothing to do"
+    told = "".join(f", {name} {value}" for name, value in outcome.detail.items())
+    print(f"{outcome.stage}{where}: {work}{told}")
+
+
+def show_result(config: Path, overrides: list[str], result: Result) -> None:
+    """Before and after, where things lie, and commands to go on with, ready to be pasted into a shell."""
+    if result.held_out_before is not None and result.held_out_after is not None:
+        gain = result.held_out_after - result.held_out_before
+        print(
+            f"\nheld-out reward before {result.held_out_before:.3f}, after {result.held_out_after:.3f} "
+            f"({gain:+.3f} ± {result.gain_error:.3f}, {result.samples} samples)\n"
+            f"pictures before and after: {result.picture}"
+        )
+    print(f"store: {result.store} (run {result.run_id}, policy {result.policy_id})\ngo on with:")
+    mine, last = f"run_id = '{result.run_id}'", result.iterations - 1
+    longer = [*(part for override in overrides for part in ("--set", override)), "--set", f"iterations={2 * result.iterations}"]
+    for command in (
+        ["opgrpo", "sql", "--store", result.store, LEARNING_CURVE.format(mine=mine, reward=result.reward)],
+        ["opgrpo", "sql", "--store", result.store, OLDEST_ENTRIES.format(mine=mine, last=last)],
+        ["opgrpo", "run", str(config), "--store", result.store, *longer],
+    ):
+        print(f"  {' '.join(map(_quoted, command))}")
+
+
+def _quoted(word: str) -> str:
+    """The word for a shell: in double quotes where those are legible and safe, which shlex never uses."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+
+
+def show_table(rows: list[dict[str, Any]]) -> None:
+    """The rows of a query."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*(rows[0] if rows else ["no rows"]))
+    for row in rows:
+        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
+    # Into a pipe nothing is cut: the reader there has no narrow window.
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table, markup=False)
+
+
+def to_json(value: Any) -> str:
+    """One line of valid JSON."""
+    return json.dumps(_plain(value), default=str, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """The value with null in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,121 @@
+"""A policy out of the store as files that diffusers loads: a LoRA, or the whole transformer; with a model card."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opgrpo_data.catalog import Catalog
+from opgrpo_data.store import Store
+from pipelines.policies.pipeline_policy import PipelinePolicy
+from pipelines.restore import Restored, restore
+
+LINEAGE = """
+SELECT count(*) AS trajectories, count(parent_id) AS continuations, count(DISTINCT prompt_id) AS prompts
+FROM trajectories WHERE run_id = '{run_id}' AND iteration < {iteration}
+"""
+
+USE_LORA = """from diffusers import {pipeline}
+{where}
+pipeline = {pipeline}.from_pretrained({base})
+pipeline.load_lora_weights("this folder")
+"""
+
+USE_TRANSFORMER = """from diffusers import {pipeline}, {transformer}
+{where}
+transformer = {transformer}.from_pretrained("this folder", subfolder="transformer")
+pipeline = {pipeline}.from_pretrained({base}, transformer=transformer)
+"""
+
+CARD = """---
+{head}---
+
+# {name}, policy {policy_id}
+
+A {kind} for `{base_model}`, trained by {algorithm} with the reward `{reward}`.
+
+- run `{run_id}`, seed {seed}, after {iteration} iterations: {made}
+- parent policy `{parent_id}`, base policy of the run `{base_policy_id}`
+- data: {trajectories} trajectories of {prompts} prompts, {continuations} of them continuations of replayed ones
+- software: {software}
+
+```python
+{use}```
+
+All settings of the run:
+
+```yaml
+{config}```
+"""
+
+
+def export(store: Store, policy_id: str, folder: Path) -> dict[str, Any]:
+    """Write a policy into a new folder: all of it or nothing. Returns what was written.
+
+    Raises ValueError when the folder is there already, or the policy is of a family that is no diffusers pipeline.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} is there already: choose another folder")
+    restored = restore(store, policy_id)
+    if not isinstance(restored.policy, PipelinePolicy):
+        raise ValueError(f"policy family {restored.config.family!r} is no diffusers pipeline: it cannot be exported")
+    writing = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    writing.mkdir(parents=True)
+    try:
+        kind = _write_weights(restored.policy, writing)
+        (writing / "README.md").write_text(_card(store, restored, restored.policy, kind))
+        writing.rename(folder)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return {"policy_id": restored.document["policy_id"], "kind": kind, "folder": str(folder)}
+
+
+def _write_weights(policy: PipelinePolicy, folder: Path) -> str:
+    transformer = policy.pipeline.transformer
+    if policy.adapter is None:
+        transformer.save_pretrained(folder / "transformer", safe_serialization=True)
+        return "transformer"
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import get_peft_model_state_dict
+
+    policy.source.pipeline_class.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        safe_serialization=True,
+        # Without this alpha is lost where it differs from the rank, and the adapter comes back with another scale.
+        **_collate_lora_metadata({"transformer": transformer}),
+    )
+    return "lora"
+
+
+def _card(store: Store, restored: Restored, policy: PipelinePolicy, kind: str) -> str:
+    """A model card: what this is made of and how to load it."""
+    document, run, config = restored.document, restored.run, restored.run["config"]
+    base = document["base_model"]
+    embedded = base == "embedded"  # no folder that anyone could name: the package has it
+    head = {"base_model": base, "library_name": "diffusers", "tags": ["opgrpo", "op-grpo", "flow-matching", kind]}
+    drawn = LINEAGE.format(run_id=document["run_id"], iteration=int(document["iteration"]))
+    lineage = Catalog(store).query(drawn).to_pylist()[0]
+    use = (USE_LORA if kind == "lora" else USE_TRANSFORMER).format(
+        base="PIPELINE_DIR, **ABSENT" if embedded else repr(base),
+        where="from pipelines.embedded import ABSENT, PIPELINE_DIR\n" if embedded else "",
+        pipeline=policy.source.pipeline_class.__name__,
+        transformer=type(policy.pipeline.transformer).__name__,
+    )
+    return CARD.format(
+        head=yaml.safe_dump(head, sort_keys=False),
+        kind=kind,
+        **{name: document[name] for name in ("policy_id", "base_model", "run_id", "iteration", "parent_id")},
+        made="an average of the run's weights" if document["kind"] == "average" else f"the run's {document['kind']} weights",
+        base_policy_id=run["base_policy_id"],
+        **{name: config[name] for name in ("name", "algorithm", "seed")},
+        reward=config["reward"]["name"],
+        **lineage,
+        software=", ".join(f"{name} {version}" for name, version in run["software"].items()),
+        use=use,
+        config=yaml.safe_dump(config, sort_keys=False),
+    )

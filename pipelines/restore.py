@@ -1,0 +1,83 @@
+"""Policies out of a store: the model that a run began with, wearing the weights that the store kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from opgrpo_data.errors import StoreError
+from opgrpo_data.io import checked_name
+from opgrpo_data.store import Store
+from pipelines import weights
+from pipelines.learner import read_state
+from pipelines.policies.base import POLICIES, Policy
+from pipelines.settings import PolicyConfig
+
+LAST = "last"
+"""No id begins like that: ids are hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A policy of a store. document: its policy.json. run: what `init` wrote down about its run. config: how its model is
+    built."""
+
+    policy: Policy
+    document: dict[str, Any]
+    run: dict[str, Any]
+    config: PolicyConfig
+
+
+def restore(store: Store, policy_id: str) -> Restored:
+    """Build the model of a policy and give it the policy's weights. policy_id: the id, or the beginning of it, or `last`, the
+    average that was stored last: the policy that the latest run has come to.
+
+    Raises StoreError when the store has no such policy, several, or not its weights; ValueError when the model cannot be
+    loaded, or is not the one that the policy was trained on.
+    """
+    document = _document(store, policy_id)
+    run = next(store.documents(f"runs/{checked_name(document['run_id'], 'run_id')}.json"))
+    config = PolicyConfig.model_validate(run["config"]["policy"])
+    policy: Policy = POLICIES.build(config.family, model=config.model, **config.options)
+    kept = _weights(store, document)
+    if kept is None:
+        kept = weights.masters(policy.trainable)
+    else:
+        weights.copy_into(policy.trainable, kept)
+    if (found := weights.policy_id(kept, policy.identity)) != document["policy_id"]:
+        raise StoreError(
+            f"the model {config.model!r} is not the one that policy {document['policy_id']} was made of: with this one it "
+            f"is {found}. Restore the model's files"
+        )
+    policy.prepare(store.directory, [])
+    return Restored(policy, document, run, config)
+
+
+def _document(store: Store, policy_id: str) -> dict[str, Any]:
+    if policy_id == LAST:
+        return _newest_average(store)
+    found = list(store.documents(f"policies/{checked_name(policy_id, 'policy_id')}*/policy.json"))
+    if len(found) != 1:
+        several = ", ".join(document["policy_id"] for document in found)
+        said = f"several policies begin with {policy_id}: {several}" if found else f"the store has no policy {policy_id}"
+        raise StoreError(f"{said}: see the view policies of `opgrpo sql`")
+    return found[0]
+
+
+def _newest_average(store: Store) -> dict[str, Any]:
+    averages = [document for document in store.documents("policies/*/policy.json") if document["kind"] == "average"]
+    if not averages:
+        raise StoreError("the store has no averaged policy yet: finish a run, or name a policy of the view policies")
+    return max(averages, key=lambda document: datetime.fromisoformat(document["created_at"]))
+
+
+def _weights(store: Store, document: dict[str, Any]) -> dict[str, Any] | None:
+    """The trainable weights of a policy; None for a base policy, whose model has them."""
+    if document["kind"] == "base":
+        return None
+    path = f"policies/{document['policy_id']}/weights.safetensors"
+    if store.directory.exists(path):
+        return weights.from_bytes(store.directory.read(path), path)
+    state = read_state(store, document["run_id"], document["iteration"], document["policy_id"])
+    return {name.removeprefix("weights/"): tensor for name, tensor in state.items() if name.startswith("weights/")}

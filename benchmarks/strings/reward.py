@@ -14,19 +14,10 @@ from numpy.typing import NDArray
 
 from benchmarks.strings import world
 from pipelines.rewards.base import Reward, Score
+from pipelines.rewards.ocr import levenshtein
 
 VERSION = "1"
 """Bump whenever a picture's score can change: stored scores name the version that made them."""
-
-
-def levenshtein(a: str, b: str) -> int:
-    """Fewest insertions, deletions and replacements of one letter that turn `a` into `b`."""
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, right in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(diagonal + (left != right), row[j] + 1, row[j - 1] + 1)
-    return row[-1]
 
 
 def similarity(found: str, wanted: str) -> float:

@@ -71,7 +71,7 @@ def test_a_config_that_is_a_folder_and_a_store_that_is_a_file(config: Path, tmp_
 
 def test_a_model_that_is_not_there(config: Path, tmp_path: Path) -> None:
     said = refused("init", config, "--store", tmp_path / "store", "--set", f"policy.model={tmp_path}/absent")
-    assert "cannot load the SD3 pipeline" in said
+    assert "cannot load the StableDiffusion3Pipeline" in said
     assert not (tmp_path / "store").exists()
 
 
@@ -182,9 +182,9 @@ def test_corrupt_picture_becomes_an_error_row(config: Path, store: Path) -> None
 
 
 def test_no_space_left(config: Path, tmp_path: Path) -> None:
-    """Files may not grow beyond 64 KiB: the training state does not fit. With room again, the run ends as it would have."""
+    """Files may not grow beyond 1 MiB: the training state does not fit. With room again, the run ends as it would have."""
     store = tmp_path / "store"
-    limit = (64 * 1024, 64 * 1024)
+    limit = (1024**2, 1024**2)
     said = refused("run", config, "--store", store, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     assert "make room and run the same command again" in said
     assert not list(store.rglob(".tmp-*"))
@@ -209,7 +209,9 @@ def test_another_model_under_the_same_name(config: Path, tmp_path: Path) -> None
     said = refused("train", config, "--store", store, *overrides)
     assert "latents of shape (8, 3, 3)" in said
     assert "(8, 2, 2)" in said
-    assert snapshot(store) == before
+    after = snapshot(store)
+    assert {path: content for path, content in after.items() if path in before} == before
+    assert all(path.startswith("conditions/") for path in after.keys() - before.keys())  # which name their own encoder
 
 
 def test_sql_cannot_change_the_store(store: Path) -> None:
@@ -235,7 +237,7 @@ def test_a_run_cannot_be_made_shorter(config: Path, store: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_reward", "unknown reward 'no_such_reward'; known: scene_soft, scene_strict"),
+        ("no_such_reward", "unknown reward 'no_such_reward'; known: "),
         ("os:getcwd", "which has no text attribute 'name'"),
         ("broken_reward:make", "cannot import reward 'broken_reward:make': ZeroDivisionError"),
     ],

@@ -29,7 +29,7 @@ def trajectory_row(trajectory_id: str, *, steps: int = 3, **changes: Any) -> dic
         "prompt_id": "p0",
         "run_id": RUN,
         "iteration": 0,
-        "member_index": int("".join(filter(str.isdigit, trajectory_id)) or 0),  # as the name counts them
+        "member_index": int("".join(filter(str.isdecimal, trajectory_id))[:6] or 0),  # as the name counts them
         "policy_id": "policy-0",
         "base_model": "none",
         "parent_id": None,
@@ -156,6 +156,7 @@ def plan_rule(**changes: Any) -> PlanRule:
     """
     weight = {WEIGHT_NAMES[name]: changes.pop(name) for name in list(changes) if name in WEIGHT_NAMES}
     defaults: dict[str, Any] = {
+        "advantage_parts": "sum",
         "advantage_std": "group",
         "advantage_clip": 1e9,
         "weight": weight_rule(**weight),

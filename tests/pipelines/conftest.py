@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opgrpo_data.io import Directory
-from pipelines.policies.sd3 import SD3Policy
+from pipelines.policies.pipeline_policy import PipelinePolicy
 from pipelines.rollout import rollout
 from pipelines.score import score
 from pipelines.selection import select
@@ -33,7 +33,7 @@ def mood(monkeypatch: pytest.MonkeyPatch) -> bad_rewards.Mood:
 
 
 @pytest.fixture
-def policy() -> Iterator[SD3Policy]:
+def policy() -> Iterator[PipelinePolicy]:
     """The embedded policy as shipped. Shared: it is loaded once, and gets its weights back after each test."""
     yield shared_policy()
     shared_policy()

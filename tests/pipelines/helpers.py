@@ -18,7 +18,8 @@ from pipelines import media, weights
 from pipelines.config import RunConfig, build_config
 from pipelines.experiment import Experiment
 from pipelines.groups import Entries, Member, shard_tasks
-from pipelines.policies.sd3 import SD3Policy, load
+from pipelines.policies.pipeline_policy import PipelinePolicy
+from pipelines.policies.sd3 import load
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt
 from pipelines.rewards.base import Media
@@ -40,21 +41,22 @@ SMALL: Mapping[str, Any] = {
 
 
 @cache
-def _embedded() -> tuple[SD3Policy, dict[str, Tensor]]:
+def _embedded() -> tuple[PipelinePolicy, dict[str, Tensor]]:
     policy = load("embedded", device="cpu")
     return policy, {name: tensor.detach().clone() for name, tensor in weights.trainable(policy.trainable).items()}
 
 
-def shared_policy(model: str = "embedded") -> SD3Policy:
+def shared_policy(model: str = "embedded") -> PipelinePolicy:
     """The embedded policy with its shipped weights. Also a `policy.family`: experiments need not load it again."""
     policy, shipped = _embedded()
     weights.copy_into(policy.trainable, shipped)
     policy.trainable.zero_grad()
-    policy._encoded.clear()
+    policy._recent.clear()
+    policy.conditions = None
     return policy
 
 
-def perturbed(policy: SD3Policy, scale: float, seed: int) -> dict[str, Tensor]:
+def perturbed(policy: PipelinePolicy, scale: float, seed: int) -> dict[str, Tensor]:
     """The policy's weights with a relative Gaussian error: another policy nearby."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -106,14 +108,14 @@ def members_of(config: RunConfig, iteration: int = 0, buffer: Entries | None = N
     return [member for task in tasks for member in task.members]
 
 
-def grid_of(policy: SD3Policy, config: RunConfig) -> Transitions:
+def grid_of(policy: PipelinePolicy, config: RunConfig) -> Transitions:
     """The transitions of a configuration's rollout."""
     rollout = config.rollout
     return transitions(rollout.sampler, policy.sigmas(rollout.num_steps), rollout.noise_level)
 
 
 def stored(
-    directory: Directory, shard: str, policy: SD3Policy, members: list[Member], drawn: Drawn, config: RunConfig
+    directory: Directory, shard: str, policy: PipelinePolicy, members: list[Member], drawn: Drawn, config: RunConfig
 ) -> list[dict[str, Any]]:
     """Write trajectories as a shard of a store and read its index back, in the order of `members`."""
     grid = grid_of(policy, config)
@@ -133,7 +135,7 @@ def stored(
     return rows
 
 
-def elements(policy: SD3Policy) -> int:
+def elements(policy: PipelinePolicy) -> int:
     """D."""
     return int(torch.Size(policy.latent_shape).numel())
 

@@ -14,7 +14,7 @@ from opgrpo_data.errors import StoreError
 from pipelines import weights
 from pipelines.evaluation import draw_samples, evaluate, evaluation_samples
 from pipelines.experiment import Experiment
-from pipelines.policies.sd3 import SD3Policy
+from pipelines.policies.pipeline_policy import PipelinePolicy
 from pipelines.prompts import Prompt
 from pipelines.train import train
 from tests.pipelines.bad_rewards import Mood, brightness
@@ -127,7 +127,7 @@ def test_a_reward_that_fails_stops_the_evaluation(experiment: Experiment, mood: 
     assert evaluate(experiment, 0).done == 6
 
 
-def test_pictures_do_not_depend_on_the_batch(policy: SD3Policy) -> None:
+def test_pictures_do_not_depend_on_the_batch(policy: PipelinePolicy) -> None:
     samples = evaluation_samples([Prompt(t, {}) for t in ("a red circle", "two blue squares")], 6, 0)
     together = draw_samples(policy, samples, 4)
     for sample, picture in zip(samples, together, strict=True):

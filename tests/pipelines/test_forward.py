@@ -20,7 +20,7 @@ from opgrpo_data.store import iteration_folder
 from pipelines import sampler, weights
 from pipelines.config import ConfigError
 from pipelines.experiment import Experiment
-from pipelines.policies.sd3 import SD3Policy
+from pipelines.policies.pipeline_policy import PipelinePolicy
 from pipelines.progress import Progress
 from pipelines.rollout import rollout
 from pipelines.score import score
@@ -160,7 +160,7 @@ def test_loss_and_gradient_of_the_first_step(strength: float, tmp_path: Path) ->
     replan(experiment, lambda row: {"importance_weight": 0.25 + (row["advantage"] > 0)})
     plan = rows_of(experiment, "plans", 0)
     policy = experiment.learner(0).policy
-    assert isinstance(policy, SD3Policy)
+    assert isinstance(policy, PipelinePolicy)
     golden, total = {}, torch.zeros((), dtype=torch.float64)
     for row in plan:
         if row["advantage"] == 0:

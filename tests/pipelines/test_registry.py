@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,7 +15,11 @@ HERE = "tests.pipelines.bad_rewards"
 
 
 def test_every_known_name_leads_to_a_factory() -> None:
-    assert {REWARDS.build(name).name for name in REWARDS.known} == set(REWARDS.known)
+    for path in (*REWARDS.known.values(), *POLICIES.known.values()):
+        module, _, attribute = path.partition(":")
+        assert callable(getattr(import_module(module), attribute))
+    alone = {"colourfulness", "jpeg_compressibility", "ocr", "scene_soft", "scene_strict"}  # others want options or a download
+    assert {REWARDS.build(name).name for name in alone} == alone
     assert POLICIES.build("sd3", model="embedded").latent_shape
 
 
@@ -33,7 +38,8 @@ def test_known_modules_are_imported_only_when_asked_for() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown reward 'beauty'; known: scene_soft, scene_strict; or give the import path"):
+    known = ", ".join(sorted(REWARDS.known))
+    with pytest.raises(ValueError, match=f"unknown reward 'beauty'; known: {known}; or give the import path"):
         REWARDS.build("beauty")
 
 

@@ -22,7 +22,7 @@ from pipelines import sampler, weights
 from pipelines.config import ConfigError
 from pipelines.experiment import Experiment
 from pipelines.groups import prompts_of, regret_weights, replayed_entries, shard_tasks
-from pipelines.policies.sd3 import SD3Policy
+from pipelines.policies.pipeline_policy import PipelinePolicy
 from pipelines.prompts import Prompt
 from pipelines.replay import prefix_length
 from pipelines.rollout import rollout
@@ -63,10 +63,10 @@ def by_id(rows: list[Row]) -> dict[str, Row]:
     return {row["trajectory_id"]: row for row in rows}
 
 
-def policy_of(experiment: Experiment, iteration: int) -> SD3Policy:
+def policy_of(experiment: Experiment, iteration: int) -> PipelinePolicy:
     """The old policy of an iteration."""
     found = experiment.learner(iteration).policy
-    assert isinstance(found, SD3Policy)
+    assert isinstance(found, PipelinePolicy)
     return found
 
 
@@ -76,7 +76,7 @@ def latents_of(experiment: Experiment, row: Row) -> Tensor:
     return to_tensor(found, row["latent_dtype"])
 
 
-def velocities(policy: SD3Policy, states: Tensor, sigmas: Tensor, text: str) -> Tensor:
+def velocities(policy: PipelinePolicy, states: Tensor, sigmas: Tensor, text: str) -> Tensor:
     """Of the policy as it is, one state at a time."""
     with torch.no_grad():
         each = [policy.velocity(x[None], s[None], policy.encode([text])) for x, s in zip(states, sigmas, strict=True)]
@@ -336,7 +336,7 @@ def test_entries_below_the_floor_give_their_place_to_fresh_members(floor: float,
 
 @given(kept=st.lists(st.integers(1, 5), min_size=5, max_size=5))
 @settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_chains_remember_who_drew_what(policy: SD3Policy, kept: list[int]) -> None:
+def test_chains_remember_who_drew_what(policy: PipelinePolicy, kept: list[int]) -> None:
     """Depth 5, another policy at each: transition k was drawn by the last depth that began at or before k."""
     config = small(rollout={"prompts_per_iteration": 4, "group_size": 2})
     grid = grid_of(policy, config)

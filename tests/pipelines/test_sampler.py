@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -20,7 +21,8 @@ from torch import Tensor
 from opgrpo_data.io import Directory
 from opgrpo_data.shards import LatentLocation, read_latents
 from pipelines import sampler
-from pipelines.policies.sd3 import SD3Policy
+from pipelines.embedded import ABSENT, PIPELINE_DIR
+from pipelines.policies.pipeline_policy import PipelinePolicy
 from pipelines.trajectories import draw_fresh, to_stored, to_tensor
 from tests.pipelines.helpers import elements, grid_of, members_of, small, stored
 
@@ -210,7 +212,9 @@ def test_path_variance_is_the_squared_distance_of_means(scale: float, seed: int)
 
 
 @pytest.mark.parametrize(("dtype", "resolution"), [("float32", 2**-23), ("float16", 2**-11), ("bfloat16", 2**-8)])
-def test_path_variance_of_an_unchanged_policy_is_the_rounding_alone(dtype: str, resolution: float, policy: SD3Policy) -> None:
+def test_path_variance_of_an_unchanged_policy_is_the_rounding_alone(
+    dtype: str, resolution: float, policy: PipelinePolicy
+) -> None:
     config = small(rollout={"num_steps": 10, "storage_dtype": dtype})
     grid, members = grid_of(policy, config), members_of(config)
     path = draw_fresh(policy, members, grid, dtype)
@@ -333,7 +337,7 @@ def _on_policy_bounds(grid: sampler.Transitions) -> Array:
     return np.asarray(ON_POLICY * np.maximum(1, magnified))
 
 
-def _reevaluated(policy: SD3Policy, grid: sampler.Transitions, texts: list[str], latents: Tensor, chunk: int) -> Tensor:
+def _reevaluated(policy: PipelinePolicy, grid: sampler.Transitions, texts: list[str], latents: Tensor, chunk: int) -> Tensor:
     """Log-density of all transitions that have one, shuffled and cut into batches of `chunk`: (B, T) float64."""
     count, steps = latents.shape[0], int((grid.std > 0).sum())
     order = torch.randperm(count * steps, generator=torch.Generator().manual_seed(0))
@@ -350,7 +354,7 @@ def _reevaluated(policy: SD3Policy, grid: sampler.Transitions, texts: list[str],
 
 @pytest.mark.parametrize("name", SDE_SAMPLERS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_stored_trajectories_are_on_policy(dtype: str, name: str, policy: SD3Policy, directory: Directory) -> None:
+def test_stored_trajectories_are_on_policy(dtype: str, name: str, policy: PipelinePolicy, directory: Directory) -> None:
     config = small(rollout={"num_steps": 10, "storage_dtype": dtype, "sampler": name})
     grid, members = grid_of(policy, config), members_of(config)
     drawn = draw_fresh(policy, members, grid, dtype)
@@ -366,7 +370,7 @@ def test_stored_trajectories_are_on_policy(dtype: str, name: str, policy: SD3Pol
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_same_check_catches_rounding_outside_of_the_loop(dtype: str, policy: SD3Policy) -> None:
+def test_the_same_check_catches_rounding_outside_of_the_loop(dtype: str, policy: PipelinePolicy) -> None:
     config = small(rollout={"num_steps": 10})
     grid, members = grid_of(policy, config), members_of(config)
     drawn = draw_fresh(policy, members, grid, "float32")
@@ -376,7 +380,7 @@ def test_the_same_check_catches_rounding_outside_of_the_loop(dtype: str, policy:
     assert (log_ratio > 10 * _on_policy_bounds(grid)).all(), log_ratio
 
 
-def test_a_trajectory_drawn_alone_is_the_one_drawn_in_a_batch(policy: SD3Policy) -> None:
+def test_a_trajectory_drawn_alone_is_the_one_drawn_in_a_batch(policy: PipelinePolicy) -> None:
     """To float32 rounding: matrix products of other sizes add in another order. Ten steps let it grow to some 6e-6."""
     config = small(rollout={"num_steps": 10})
     grid, members = grid_of(policy, config), members_of(config)
@@ -392,8 +396,8 @@ def test_a_trajectory_drawn_alone_is_the_one_drawn_in_a_batch(policy: SD3Policy)
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 @pytest.mark.parametrize("text", ["two blue squares", "a red circle left of a blue square"])
-def test_ode_sampling_is_the_pipelines_call(text: str, guidance_scale: float, policy: SD3Policy) -> None:
-    ours = dataclasses.replace(policy, guidance_scale=guidance_scale, _encoded={})
+def test_ode_sampling_is_the_pipelines_call(text: str, guidance_scale: float, policy: PipelinePolicy) -> None:
+    ours = dataclasses.replace(policy, guidance_scale=guidance_scale, _recent=OrderedDict())
     start = sampler.batch_noise([1], -1, policy.latent_shape, policy.device)
     theirs: list[Tensor] = []
 
@@ -401,14 +405,15 @@ def test_ode_sampling_is_the_pipelines_call(text: str, guidance_scale: float, po
         theirs.append(kwargs["latents"].clone())
         return {}
 
-    policy.pipeline.set_progress_bar_config(disable=True)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(PIPELINE_DIR, **ABSENT)
+    pipeline.set_progress_bar_config(disable=True)
     call = {
         "num_inference_steps": 10,
         "guidance_scale": guidance_scale,
-        "max_sequence_length": policy.max_sequence_length,
+        "max_sequence_length": 0,
     }
-    policy.pipeline(text, latents=start.clone(), output_type="latent", callback_on_step_end=collect, **call)
-    picture = policy.pipeline(text, latents=start.clone(), output_type="pil", **call).images[0]
+    pipeline(text, latents=start.clone(), output_type="latent", callback_on_step_end=collect, **call)
+    picture = pipeline(text, latents=start.clone(), output_type="pil", **call).images[0]
     grid = sampler.transitions("ode", ours.sigmas(10), 0.0)
     condition = ours.encode([text])
     path = sampler.draw(lambda x, sigma: ours.velocity(x, sigma, condition), start, grid, [1], "float32")

@@ -22,6 +22,9 @@ def experiment(rolled: Path, tmp_path: Path) -> Experiment:
 def test_every_sample_gets_its_value(experiment: Experiment, mood: Mood) -> None:
     outcome = score(experiment, 0)
     assert (outcome.done, outcome.skipped) == (8, 0)
+    speed = outcome.detail.pop("samples_per_second")
+    assert speed > 0
+    assert speed == round(speed, 1)
     assert outcome.detail == {"reward": "moody", "version": "1", "failed": 0}
     pictures, rows = pictures_of(experiment), rows_of(experiment, "rewards")
     assert {row["trajectory_id"]: row["value"] for row in rows} == {key: brightness(p) for key, p in pictures.items()}
@@ -37,6 +40,7 @@ def test_scoring_again_does_nothing(experiment: Experiment, mood: Mood) -> None:
     mood.batches.clear()
     outcome = score(experiment)
     assert (outcome.done, outcome.skipped) == (0, 8)
+    assert outcome.detail == {"reward": "moody", "version": "1", "failed": 0}
     assert mood.batches == []
     assert sorted(Path(experiment.store.directory.url).rglob("*")) == before
 
@@ -44,6 +48,7 @@ def test_scoring_again_does_nothing(experiment: Experiment, mood: Mood) -> None:
 def test_dry_run_counts_and_writes_nothing(experiment: Experiment, mood: Mood) -> None:
     outcome = score(experiment, dry_run=True)
     assert (outcome.done, outcome.skipped) == (8, 0)
+    assert "samples_per_second" not in outcome.detail
     assert rows_of(experiment, "rewards") == []
     assert mood.batches == []
 

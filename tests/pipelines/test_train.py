@@ -353,9 +353,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_harms(planned: Path, tmp_
     experiment = forked(planned, tmp_path)
     before = experiment.learner(0).policy_id
     plan = _replan(experiment, lambda i, _: {"importance_weight": weight if i == 0 else 1.0})
-    with pytest.raises(
-        ValueError, match=r"the gradient of optimizer step 0 is (nan|inf): lower train\.lr or replay\.weight_max"
-    ):
+    with pytest.raises(ValueError, match=r"the gradient is (nan|inf): lower train\.lr or replay\.weight_max"):
         train(experiment, 0)
     assert rows_of(experiment, "updates") == []
     assert experiment.iteration == 0
@@ -370,7 +368,7 @@ def test_a_failed_update_is_forgotten(planned: Path, tmp_path: Path) -> None:
     experiment = forked(planned, tmp_path / "failed")
     bad = {"importance_weight": math.inf}
     _replan(experiment, lambda i, _: {"optimizer_step": i // 4} | (bad if i == 7 else {}))
-    with pytest.raises(ValueError, match="the gradient of optimizer step 1 is"):
+    with pytest.raises(ValueError, match="the gradient is"):
         train(experiment, 0)
     _replan(experiment, lambda *_: {"importance_weight": 1.0})
     other = forked(planned, tmp_path / "clean")

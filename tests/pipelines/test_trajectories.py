@@ -19,7 +19,7 @@ from opgrpo_data.shards import LatentLocation, read_latents, read_media
 from pipelines import media, sampler, weights
 from pipelines.config import RunConfig
 from pipelines.groups import Member
-from pipelines.policies.sd3 import SD3Policy
+from pipelines.policies.pipeline_policy import PipelinePolicy
 from pipelines.trajectories import Stored, draw_continuations, draw_fresh, evaluate, read_prefix, records, to_stored, to_tensor
 from tests.pipelines.helpers import elements, flipped, grid_of, members_of, perturbed, small, stored
 
@@ -31,14 +31,14 @@ def _config(**rollout: Any) -> RunConfig:
     return small(rollout={"num_steps": 6, "prompts_per_iteration": 4, "group_size": 2, **rollout})
 
 
-def _fresh(directory: Directory, policy: SD3Policy, config: RunConfig) -> Rows:
+def _fresh(directory: Directory, policy: PipelinePolicy, config: RunConfig) -> Rows:
     members = members_of(config)[1::2]
     drawn = draw_fresh(policy, members, grid_of(policy, config), config.rollout.storage_dtype)
     return stored(directory, "00000", policy, members, drawn, config)
 
 
 def _continued(
-    directory: Directory, policy: SD3Policy, config: RunConfig, parents: Rows, kept: int, iteration: int
+    directory: Directory, policy: PipelinePolicy, config: RunConfig, parents: Rows, kept: int, iteration: int
 ) -> tuple[list[Member], Rows]:
     last = {m.prompt.prompt_id: m for m in members_of(config, iteration, {row["prompt_id"]: [row] for row in parents})[1::2]}
     members = [last[row["prompt_id"]] for row in parents]
@@ -57,7 +57,7 @@ def _latents(directory: Directory, row: dict[str, Any]) -> Tensor:
     return to_tensor(read_latents(directory, LatentLocation.of(row), 0, row["num_steps"]), row["latent_dtype"])
 
 
-def _one_by_one(policy: SD3Policy, config: RunConfig, text: str, latents: Tensor) -> list[float]:
+def _one_by_one(policy: PipelinePolicy, config: RunConfig, text: str, latents: Tensor) -> list[float]:
     """Log-density of every transition of one trajectory, evaluated in order, one at a time."""
     grid = grid_of(policy, config)
     found = []
@@ -91,7 +91,7 @@ def test_bfloat16_bits_are_the_upper_half_of_float32() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_fresh_trajectories(dtype: str, policy: SD3Policy, directory: Directory) -> None:
+def test_fresh_trajectories(dtype: str, policy: PipelinePolicy, directory: Directory) -> None:
     config = _config(storage_dtype=dtype)
     members = members_of(config)
     drawn = draw_fresh(policy, members, grid_of(policy, config), dtype)
@@ -115,7 +115,7 @@ def test_fresh_trajectories(dtype: str, policy: SD3Policy, directory: Directory)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_continuation_keeps_the_prefix(dtype: str, policy: SD3Policy, directory: Directory) -> None:
+def test_a_continuation_keeps_the_prefix(dtype: str, policy: PipelinePolicy, directory: Directory) -> None:
     config = _config(storage_dtype=dtype)
     parents = _fresh(directory, policy, config)
     weights.copy_into(policy.trainable, perturbed(policy, 0.05, 1))
@@ -135,7 +135,7 @@ def test_a_continuation_keeps_the_prefix(dtype: str, policy: SD3Policy, director
         np.testing.assert_allclose(row["old_logprob"], golden, atol=1e-6 * elements(policy) * 2)
 
 
-def test_path_variance_of_a_prefix_is_the_distance_of_the_two_policies(policy: SD3Policy, directory: Directory) -> None:
+def test_path_variance_of_a_prefix_is_the_distance_of_the_two_policies(policy: PipelinePolicy, directory: Directory) -> None:
     """lambda = |m_old - m_b|^2 / s^2, from the velocities of both policies in float64."""
     config = _config()
     grid = grid_of(policy, config)
@@ -159,7 +159,7 @@ def test_path_variance_of_a_prefix_is_the_distance_of_the_two_policies(policy: S
 
 @pytest.mark.parametrize(("dtype", "resolution"), [("float32", 2**-23), ("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_an_unchanged_policy_has_weight_1_and_no_path_variance(
-    dtype: str, resolution: float, policy: SD3Policy, directory: Directory
+    dtype: str, resolution: float, policy: PipelinePolicy, directory: Directory
 ) -> None:
     config = _config(storage_dtype=dtype)
     parents = _fresh(directory, policy, config)
@@ -182,7 +182,7 @@ def test_an_unchanged_policy_has_weight_1_and_no_path_variance(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_a_chain_of_continuations_knows_who_drew_each_step(
-    prefixes: list[int], seed: int, policy: SD3Policy, tmp_path_factory: pytest.TempPathFactory
+    prefixes: list[int], seed: int, policy: PipelinePolicy, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Five generations, each drawn by another policy with another prefix: step k is of the last one that redrew it."""
     directory = Directory(str(tmp_path_factory.mktemp("chain")))
@@ -206,7 +206,7 @@ def test_a_chain_of_continuations_knows_who_drew_each_step(
 
 
 def _check_drawn_by(
-    policy: SD3Policy, config: RunConfig, policies: list[Any], drew: list[int], rows: Rows, directory: Directory
+    policy: PipelinePolicy, config: RunConfig, policies: list[Any], drew: list[int], rows: Rows, directory: Directory
 ) -> None:
     """Behaviour densities are those of the policies named in `drew`, and its noise regenerates each transition."""
     grid = grid_of(policy, config)
@@ -226,7 +226,7 @@ def _check_drawn_by(
             assert float((again - following).abs().max()) <= 2e-5
 
 
-def test_a_damaged_prefix_is_noticed(policy: SD3Policy, directory: Directory, tmp_path: Path) -> None:
+def test_a_damaged_prefix_is_noticed(policy: PipelinePolicy, directory: Directory, tmp_path: Path) -> None:
     parent = _fresh(directory, policy, _config())[0]
     location = LatentLocation.of(parent)
     flipped(Path(directory.path(location.file)), location.offset + location.header + 3 * location.latent_bytes)
@@ -235,7 +235,7 @@ def test_a_damaged_prefix_is_noticed(policy: SD3Policy, directory: Directory, tm
         read_prefix(directory, parent, 3)
 
 
-def test_a_member_whose_parent_was_lost_has_no_parent(policy: SD3Policy) -> None:
+def test_a_member_whose_parent_was_lost_has_no_parent(policy: PipelinePolicy) -> None:
     """It was drawn fresh in the parent's place: its row must not claim a prefix that it does not have."""
     config = _config()
     members = members_of(config, 1, {m.prompt.prompt_id: [{"trajectory_id": "lost"}] for m in members_of(config)})[1::2]
@@ -246,7 +246,7 @@ def test_a_member_whose_parent_was_lost_has_no_parent(policy: SD3Policy) -> None
         assert record.row["prefix_steps"] == 0
 
 
-def test_media_goes_with_its_prompt(policy: SD3Policy) -> None:
+def test_media_goes_with_its_prompt(policy: PipelinePolicy) -> None:
     config = _config(media_format="webp")
     members = members_of(config)[:2]
     drawn = draw_fresh(policy, members, grid_of(policy, config), "float32")

@@ -71,12 +71,16 @@ def memory(config: RunConfig, policy: PipelinePolicy) -> dict[str, int]:
     """Parameters, and bytes on the device while training: weights, what training keeps beside them, and activations."""
     train, parameters = config.train, list(policy.trainable.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    weights = sum(parameter.nbytes for parameter in parameters) + sum(p.nbytes for p in policy.pipeline.vae.parameters())
+    autoencoder = 0 if policy.offload else sum(parameter.nbytes for parameter in policy.pipeline.vae.parameters())
+    weights = sum(parameter.nbytes for parameter in parameters) + autoencoder
     counted = sum(parameter.numel() for parameter in trained)
-    masters = 4 * sum(parameter.numel() for parameter in trained if parameter.dtype != torch.float32)
+    # In lower precision: float32 masters, and the model's own gradient until it is added to theirs.
+    masters = sum(4 * p.numel() + p.nbytes for p in trained if p.dtype != torch.float32)
     moments = 2 * counted * (4 if train.optimizer == "adamw" else 1)
-    # Beside the moments, each float32: gradient, average and the base weights; the old policy's where the objective asks.
-    copies = 4 * counted * (3 + (train.objective == "forward" or train.ratio_norm))
+    # Beside the moments, each float32: gradient, average and the base weights; the old policy's, where the objective asks, in
+    # the model's precision.
+    old = sum(parameter.nbytes for parameter in trained) if train.objective == "forward" or train.ratio_norm else 0
+    copies = 3 * 4 * counted + old
     pairs = train.pairs_per_pass or train.microbatch * (train.window or config.rollout.num_steps)
     activations = saved_bytes(policy, pairs)
     return {

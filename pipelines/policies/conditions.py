@@ -59,12 +59,14 @@ class ConditionStore:
         return [text for text in dict.fromkeys(texts) if text_key(text) not in self._places]
 
     def add(self, conditions: Mapping[str, Condition]) -> None:
-        """File conditions by their prompts' texts, as one file."""
+        """File conditions by their prompts' texts, as one file. Raises ValueError for a dtype that is none of DTYPES."""
         tensors = {
             f"{text_key(text)}/{name}": tensor.detach().cpu().contiguous()
             for text, condition in conditions.items()
             for name, tensor in condition.items()
         }
+        if odd := {str(tensor.dtype) for tensor in tensors.values()} - set(map(str, DTYPES.values())):
+            raise ValueError(f"conditions of {', '.join(sorted(odd))} cannot be stored: give one of {sorted(DTYPES)}")
         checksums = {name: str(zlib.crc32(_bytes(tensor))) for name, tensor in tensors.items()}
         file = f"{self.folder}/{ids.derived_seed(*sorted(conditions)):016x}.safetensors"
         self.directory.publish(file, safetensors.torch.save(tensors, metadata=checksums))
@@ -75,10 +77,14 @@ class ConditionStore:
         return {name: self._tensor(place) for name, place in self._places[text_key(text)].items()}
 
     def _tensor(self, place: _Place) -> Tensor:
-        data = self.directory.read_range(place.file, place.offset, place.length)
+        try:
+            data = self.directory.read_range(place.file, place.offset, place.length)
+        except (OverflowError, MemoryError) as error:  # a header may tell any length
+            raise _damaged(place.file, f"{place.length} bytes at {place.offset}") from error
         if zlib.crc32(data) != place.crc32:
             raise _damaged(place.file, f"expected crc32 {place.crc32}, found {zlib.crc32(data)}")
-        return torch.frombuffer(bytearray(data), dtype=place.dtype).reshape(place.shape)
+        flat = torch.frombuffer(bytearray(data), dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
+        return flat.reshape(place.shape)
 
     def _index(self, file: str) -> None:
         try:
@@ -90,7 +96,7 @@ class ConditionStore:
             for name, told in header.items():
                 key, _, part = name.partition("/")
                 self._places.setdefault(key, {})[part] = _place(file, 8 + size, told, int(checksums[name]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise _damaged(file, f"{type(error).__name__}: {error}") from error
 
 

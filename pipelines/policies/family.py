@@ -141,6 +141,13 @@ def latent_size(pixels: int, factor: int, multiple: int, what: str) -> int:
     return pixels // factor
 
 
+def packed_latent_shape(pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
+    """(channels, height, width) of latents that a network sees as 2x2 patches; height and width given in pixels."""
+    sides = ((height, "height"), (width, "width"))
+    rows, columns = (latent_size(pixels, pipeline.vae_scale_factor, 2, what) for pixels, what in sides)
+    return (pipeline.transformer.config.in_channels // 4, rows, columns)
+
+
 def text_length(tokens: int, most: int) -> int:
     """max_sequence_length, if the model can read as many tokens. Raises ValueError when it cannot."""
     if not 1 <= tokens <= most:

@@ -14,9 +14,9 @@ from pipelines.policies.family import (
     Condition,
     Network,
     decoded_images,
-    latent_size,
     linear_guidance,
     pack,
+    packed_latent_shape,
     rounded_time,
     shifted_sigmas,
     text_length,
@@ -58,9 +58,7 @@ class Flux:
 
     def latent_shape(self, pipeline: Any) -> tuple[int, ...]:
         """(channels, height, width), not packed."""
-        factor = pipeline.vae_scale_factor
-        sides = [latent_size(pixels, factor, 2, what) for pixels, what in ((self.height, "height"), (self.width, "width"))]
-        return (pipeline.transformer.config.in_channels // 4, *sides)
+        return packed_latent_shape(pipeline, self.height, self.width)
 
     def encode(self, pipeline: Any, prompt: str, device: torch.device) -> Condition:
         """embeds (max_sequence_length, features) of T5, pooled (features,) of CLIP."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from pipelines.policies.family import (
     Condition,
     Network,
-    latent_size,
     linear_guidance,
     pack,
+    packed_latent_shape,
     rounded_time,
     shifted_sigmas,
     standardised,
@@ -54,9 +54,7 @@ class QwenImage:
 
     def latent_shape(self, pipeline: Any) -> tuple[int, ...]:
         """(channels, height, width), not packed: the one frame is left out."""
-        factor = pipeline.vae_scale_factor
-        sides = [latent_size(pixels, factor, 2, what) for pixels, what in ((self.height, "height"), (self.width, "width"))]
-        return (pipeline.transformer.config.in_channels // 4, *sides)
+        return packed_latent_shape(pipeline, self.height, self.width)
 
     def encode(self, pipeline: Any, prompt: str, device: torch.device) -> Condition:
         """embeds (tokens, features) of the prompt's own tokens, as many as it has; mask (tokens,) int64, ones."""

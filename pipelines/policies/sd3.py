@@ -28,11 +28,13 @@ CLIP_TOKENS = 77
 
 @dataclass(frozen=True)
 class SD3:
-    """height, width: pixels; None: the model's own size. max_sequence_length: tokens of the T5 encoder."""
+    """height, width: pixels; None: the model's own size. max_sequence_length: tokens of the T5 encoder. clip_tokens: of the
+    CLIP encoders, for `longest` alone."""
 
     height: int | None
     width: int | None
     max_sequence_length: int
+    clip_tokens: int = CLIP_TOKENS
     name: str = "sd3"
     pipeline_class: str = "StableDiffusion3Pipeline"
     transformer_class: str = "SD3Transformer2DModel"
@@ -80,7 +82,7 @@ class SD3:
         """All tokens of CLIP and T5."""
         config = pipeline.transformer.config
         return {
-            "embeds": torch.zeros(CLIP_TOKENS + self.max_sequence_length, config.joint_attention_dim, device="meta"),
+            "embeds": torch.zeros(self.clip_tokens + self.max_sequence_length, config.joint_attention_dim, device="meta"),
             "pooled": torch.zeros(config.pooled_projection_dim, device="meta"),
         }
 
@@ -116,5 +118,7 @@ def load(
     options: of `load_policy`, which all families share. Raises ValueError when the model is not there or is no SD3 pipeline.
     """
     if model == "embedded":  # it has no T5 encoder, and none of its padding
-        return load_policy(model, SD3(height, width, 0), folder=str(PIPELINE_DIR), **options)
+        from pipelines.embedded.text import MAX_TOKENS
+
+        return load_policy(model, SD3(height, width, 0, MAX_TOKENS), folder=str(PIPELINE_DIR), **options)
     return load_policy(model, SD3(height, width, max_sequence_length), **options)

@@ -32,7 +32,9 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a s
 ImportBuffer = Annotated[
     str | None, typer.Option(help="start from the replay buffers of another store; the same as --set replay.import_buffer=...")
 ]
-PolicyId = Annotated[str, typer.Option("--policy", help="policy_id, the beginning of it, or `last`: the newest average")]
+PolicyId = Annotated[
+    str, typer.Option("--policy", help="policy_id, the beginning of it, or `last`: the last average of the newest run")
+]
 Iteration = Annotated[int | None, typer.Option(min=0, help="which iteration; by default the one the run is in")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]

@@ -18,11 +18,15 @@ from torch.overrides import TorchFunctionMode
 from opgrpo_data.shards import NUMPY_DTYPES
 from pipelines.config import RunConfig
 from pipelines.policies.base import POLICIES
+from pipelines.policies.outline import UnknownModelError
 from pipelines.policies.pipeline_policy import PipelinePolicy
 
 
 def estimate(config: RunConfig, trained: int) -> dict[str, Any]:
-    """What `run` would do, from the configuration and the iterations that are trained already."""
+    """What `run` would do, from the configuration and the iterations that are trained already.
+
+    Raises ValueError when the policy's options are wrong; a model that nobody here knows leaves its bytes unknown.
+    """
     rollout, missing = config.rollout, max(config.iterations - trained, 0)
     trajectories = missing * rollout.prompts_per_iteration * rollout.group_size
     told: dict[str, Any] = {
@@ -38,7 +42,9 @@ def estimate(config: RunConfig, trained: int) -> dict[str, Any]:
     try:
         policy = POLICIES.build(config.policy.family, model=config.policy.model, outline=True, **config.policy.options)
     except ValueError as error:
-        return told | {"bytes": f"unknown: {error}"}
+        if isinstance(error, UnknownModelError) or isinstance(error.__cause__, TypeError):  # a factory without outlines
+            return told | {"bytes": f"unknown: {error}"}
+        raise
     if not isinstance(policy, PipelinePolicy):
         return told | {"bytes": f"unknown: policy family {config.policy.family!r} is no diffusers pipeline"}
     return told | disk(config, policy, trajectories) | memory(config, policy)
@@ -81,7 +87,8 @@ def memory(config: RunConfig, policy: PipelinePolicy) -> dict[str, int]:
     # the model's precision.
     old = sum(parameter.nbytes for parameter in trained) if train.objective == "forward" or train.ratio_norm else 0
     copies = 3 * 4 * counted + old
-    pairs = train.pairs_per_pass or train.microbatch * (train.window or config.rollout.num_steps)
+    each = train.forward.draws if train.objective == "forward" else (train.window or config.rollout.num_steps)
+    pairs = train.pairs_per_pass or train.microbatch * each
     activations = saved_bytes(policy, pairs)
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),

@@ -74,6 +74,7 @@ class Experiment:
         base_id = experiment.learner(0).policy_id
         experiment.register_policy(base_id, None, iteration=0, kind="base", weights=None)
         document = {"config": config.model_dump(mode="json"), "base_policy_id": base_id, "prompts": paths}
+        document["model_id"] = policy.model_id
         if source is not None:
             reward, train = experiment.reward(config.reward), _limited(prompts, config)["train"]
             document["imported_buffer"] = import_buffer(source, experiment.store, config, base_id, reward, train, progress)
@@ -118,10 +119,12 @@ class Experiment:
         learner = Learner(self.policy, self.config.train)
         if not self._registered:
             return learner
-        if self.document["base_policy_id"] != learner.policy_id:
+        # Its other parts do not train, but pictures, conditions and grids are made by them.
+        began = (self.document["base_policy_id"], self.document.get("model_id", self.policy.model_id))
+        if began != (now := (learner.policy_id, self.policy.model_id)):
             raise StoreError(
-                f"the model {self.config.policy.model!r} is not the one that run {self.run_id} began with (policy "
-                f"{self.document['base_policy_id']}, now {learner.policy_id}): restore it, or init a run of another name"
+                f"the model {self.config.policy.model!r} is not the one that run {self.run_id} began with (policy and files "
+                f"{began}, now {now}): restore it, or init a run of another name"
             )
         texts = [prompt.text for prompts in self.prompts.values() for prompt in prompts]
         self.policy.prepare(self.store.directory, texts)  # not before it is known to be the run's

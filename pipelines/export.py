@@ -36,10 +36,10 @@ CARD = """---
 
 # {name}, policy {policy_id}
 
-A {kind} for `{base_model}`, trained by {algorithm} with the reward `{reward}`.
+A {kind} for {base_model}, trained by {algorithm} with the reward `{reward}`.
 
 - run `{run_id}`, seed {seed}, after {iteration} iterations: {made}
-- parent policy `{parent_id}`, base policy of the run `{base_policy_id}`
+- parent policy {parent}, base policy of the run `{base_policy_id}`
 - data: {trajectories} trajectories of {prompts} prompts, {continuations} of them continuations of replayed ones
 - software: {software}
 
@@ -67,7 +67,7 @@ def export(store: Store, policy_id: str, folder: Path) -> dict[str, Any]:
     writing.mkdir(parents=True)
     try:
         kind = _write_weights(restored.policy, writing)
-        (writing / "README.md").write_text(_card(store, restored, restored.policy, kind))
+        (writing / "README.md").write_text(_card(store, restored, restored.policy, kind), encoding="utf-8")
         writing.rename(folder)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
@@ -95,21 +95,26 @@ def _write_weights(policy: PipelinePolicy, folder: Path) -> str:
 def _card(store: Store, restored: Restored, policy: PipelinePolicy, kind: str) -> str:
     """A model card: what this is made of and how to load it."""
     document, run, config = restored.document, restored.run, restored.run["config"]
-    base = document["base_model"]
+    base, parent = document["base_model"], document["parent_id"]
     embedded = base == "embedded"  # no folder that anyone could name: the package has it
-    head = {"base_model": base, "library_name": "diffusers", "tags": ["opgrpo", "op-grpo", "flow-matching", kind]}
+    head = ({} if embedded else {"base_model": base}) | {
+        "library_name": "diffusers",
+        "tags": ["opgrpo", "op-grpo", "flow-matching", kind],
+    }
     drawn = LINEAGE.format(run_id=document["run_id"], iteration=int(document["iteration"]))
     lineage = Catalog(store).query(drawn).to_pylist()[0]
     use = (USE_LORA if kind == "lora" else USE_TRANSFORMER).format(
-        base="PIPELINE_DIR, **ABSENT" if embedded else repr(base),
-        where="from pipelines.embedded import ABSENT, PIPELINE_DIR\n" if embedded else "",
+        base=("PIPELINE_DIR" if embedded else repr(base)) + "".join(f", {part}=None" for part in policy.source.absent),
+        where="from pipelines.embedded import PIPELINE_DIR\n" if embedded else "",
         pipeline=policy.source.pipeline_class.__name__,
         transformer=type(policy.pipeline.transformer).__name__,
     )
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False),
         kind=kind,
-        **{name: document[name] for name in ("policy_id", "base_model", "run_id", "iteration", "parent_id")},
+        base_model="the tiny pipeline `embedded` that the Python package opgrpo ships" if embedded else f"`{base}`",
+        parent="none" if parent is None else f"`{parent}`",
+        **{name: document[name] for name in ("policy_id", "run_id", "iteration")},
         made="an average of the run's weights" if document["kind"] == "average" else f"the run's {document['kind']} weights",
         base_policy_id=run["base_policy_id"],
         **{name: config[name] for name in ("name", "algorithm", "seed")},

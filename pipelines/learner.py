@@ -73,7 +73,8 @@ class Learner:
             parameter.grad.div_(self.loss_scale)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
         if not torch.isfinite(torch.tensor(norm)):
-            raise ValueError(f"the gradient is {norm}: lower train.lr or replay.weight_max")
+            range_too_small = ", or set policy.options.dtype to bfloat16" if self.loss_scale != 1 else ""
+            raise ValueError(f"the gradient is {norm}: lower train.lr or replay.weight_max{range_too_small}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -39,7 +39,9 @@ def restore(store: Store, policy_id: str) -> Restored:
     document = _document(store, policy_id)
     run = next(store.documents(f"runs/{checked_name(document['run_id'], 'run_id')}.json"))
     config = PolicyConfig.model_validate(run["config"]["policy"])
-    policy: Policy = POLICIES.build(config.family, model=config.model, **config.options)
+    # The device is this machine's affair, not the run's.
+    options = {name: value for name, value in config.options.items() if name != "device"}
+    policy: Policy = POLICIES.build(config.family, model=config.model, **options)
     kept = _weights(store, document)
     if kept is None:
         kept = weights.masters(policy.trainable)
@@ -49,6 +51,10 @@ def restore(store: Store, policy_id: str) -> Restored:
         raise StoreError(
             f"the model {config.model!r} is not the one that policy {document['policy_id']} was made of: with this one it "
             f"is {found}. Restore the model's files"
+        )
+    if policy.model_id != (began := run.get("model_id", policy.model_id)):
+        raise StoreError(
+            f"the files of {config.model!r} changed since the run began ({began}, now {policy.model_id}): restore them"
         )
     policy.prepare(store.directory, [])
     return Restored(policy, document, run, config)
@@ -69,7 +75,8 @@ def _newest_average(store: Store) -> dict[str, Any]:
     averages = [document for document in store.documents("policies/*/policy.json") if document["kind"] == "average"]
     if not averages:
         raise StoreError("the store has no averaged policy yet: finish a run, or name a policy of the view policies")
-    return max(averages, key=lambda document: datetime.fromisoformat(document["created_at"]))
+    newest = max(averages, key=lambda document: datetime.fromisoformat(document["created_at"]))
+    return max((a for a in averages if a["run_id"] == newest["run_id"]), key=lambda document: int(document["iteration"]))
 
 
 def _weights(store: Store, document: dict[str, Any]) -> dict[str, Any] | None:

@@ -135,7 +135,8 @@ def _pngs(sample: Sample) -> list[bytes]:
         pngs = [base64.b64decode(text, validate=True) for text in sample.media]
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"not base64: {error}") from error
-    if not all(data.startswith(PNG) and len(data) >= 24 for data in pngs):
+    # PIL would look for a header behind other chunks: then we would count the pixels of something else.
+    if not all(data.startswith(PNG) and data[12:16] == b"IHDR" and len(data) >= 24 for data in pngs):
         raise ValueError("not a PNG")
     return pngs
 

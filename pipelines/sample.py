@@ -21,6 +21,8 @@ def sample(
     The noise of a sample depends on the seed, its prompt and its number alone: two policies can be compared.
     """
     policy = restore(store, policy_id).policy
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and is no empty folder: choose another one")
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for number, text in enumerate(prompts):

@@ -42,6 +42,8 @@ class PolicyConfig(Section):
     def _model_stands_beside(cls, options: dict[str, Any]) -> dict[str, Any]:
         if "model" in options:
             raise ValueError("give the model as policy.model, not among the options")
+        if ours := sorted({"folder", "check", "outline"} & options.keys()):
+            raise ValueError(f"{ours[0]} is no option: it is what families give to their loader")
         return options
 
 
@@ -70,7 +72,7 @@ class RolloutConfig(Section):
     shared_initial_noise: bool = Field(True, description="all fresh members of a group start from the same x_0")
     groups_per_shard: int = Field(8, ge=1, description="a shard is the unit of work that is retried")
     batch_size: int = Field(64, ge=1, description="trajectories per forward pass")
-    media_format: Literal["png", "webp"] = Field("png", description="lossless either way")
+    media_format: Literal["png", "webp"] = Field("png", description="of images, lossless either way; videos are mp4")
 
 
 class ReplayConfig(Section):

@@ -19,6 +19,7 @@ class Policy(Protocol):
     """A model behind one face. Built once, kept in memory; only the trainable weights change.
 
     base_model: what it was loaded from. dtype: of activations; float16 gradients are scaled (`Learner.backward`).
+    model_id: names the content of all files that the model is made of: with others, a run cannot go on.
     identity: what makes two policies with equal trainable weights different, "" for a whole float32 model; part of policy_id.
     """
 
@@ -34,6 +35,9 @@ class Policy(Protocol):
 
     @property
     def identity(self) -> str: ...
+
+    @property
+    def model_id(self) -> str: ...
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

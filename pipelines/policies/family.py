@@ -136,7 +136,7 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def latent_size(pixels: int, factor: int, multiple: int, what: str) -> int:
     """Latent height or width of so many pixels. Raises ValueError when the model cannot draw it."""
-    if pixels < factor * multiple or pixels % (factor * multiple):
+    if not isinstance(pixels, int) or pixels < factor * multiple or pixels % (factor * multiple):
         raise ValueError(f"policy.options.{what} {pixels} must be a multiple of {factor * multiple}")
     return pixels // factor
 

@@ -58,6 +58,10 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
+class UnknownModelError(ValueError):
+    """The model's configuration is neither here nor published, and the hub cannot be asked."""
+
+
 @dataclass(frozen=True)
 class Outline(Source):
     """A source whose pipelines have shapes only."""
@@ -82,7 +86,7 @@ class Outline(Source):
             with torch.device("meta"):
                 return part_class.from_config(config)
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
+            raise UnknownModelError(
                 f"cannot read the configuration of {self.model!r}, {name}: {' '.join(str(error).split())}"
             ) from error
 

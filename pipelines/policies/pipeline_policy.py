@@ -37,7 +37,8 @@ class PipelinePolicy:
     """One diffusers pipeline and its family. Made by `load_policy`.
 
     negative_prompt: of the guidance, which is on above 1. dtype: of weights and activations. adapter: what is trained, if not
-    all. offload: the autoencoder waits in main memory. encoder_id: names the conditions in a store. identity: see `Policy`.
+    all. offload: the autoencoder waits in main memory. encoder_id: names the conditions in a store. model_id, identity: see
+    `Policy`.
     """
 
     source: Source
@@ -49,6 +50,7 @@ class PipelinePolicy:
     dtype: torch.dtype
     adapter: Lora | None
     offload: bool
+    model_id: str
     encoder_id: str
     identity: str
     conditions: ConditionStore | None = None
@@ -196,6 +198,15 @@ def load_policy(
     transformer. gradient_checkpointing: a block's activations are computed again instead of kept. compile: torch.compile.
     offload: the autoencoder waits in main memory. Raises ValueError when the model is not there or is none of the family.
     """
+    for name, value, kind in (
+        ("negative_prompt", negative_prompt, str),
+        ("gradient_checkpointing", gradient_checkpointing, bool),
+        ("compile", compile, bool),
+        ("offload", offload, bool),
+        ("lora", {} if lora is None else lora, Mapping),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(f"policy.options.{name} must be {kind.__name__.lower()}, got {value!r}")
     precision, target = known_dtype(dtype), torch.device("meta") if outline else usable_device(device)
     if guidance_scale <= 0:
         raise ValueError(f"policy.options.guidance_scale {guidance_scale} must be positive; 1 means no guidance")
@@ -210,7 +221,7 @@ def load_policy(
     transformer.to(target)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if compile:
+    if compile and not outline:
         transformer.compile()
     policy = PipelinePolicy(
         source,
@@ -222,6 +233,7 @@ def load_policy(
         precision,
         adapter,
         offload,
+        model_id="" if outline else fingerprint(source.folder, [*family.text_parts, "transformer", "vae", "scheduler"]),
         encoder_id="" if outline else _encoder_id(source, family, dtype),
         identity="" if outline else _identity(source, dtype, adapter),
     )

@@ -64,19 +64,20 @@ def load(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with _reading(what, source):
-        config = transformers.AutoConfig.from_pretrained(source)
+        # Never the code that a folder or a hub may bring along: transformers would ask on the terminal, and run it.
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type not in model_types:
             raise ValueError(f"it holds a model of type {config.model_type}; name one of {', '.join(sorted(model_types))}")
         model, report = getattr(transformers, class_name).from_pretrained(
-            source, dtype=precision, use_safetensors=True, output_loading_info=True
+            source, dtype=precision, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
         missing = sorted(name for name in report["missing_keys"] if not name.startswith(unused))
         if missing:  # transformers fills them with random numbers
             raise ValueError(f"{len(missing)} of its weights are missing, for example {missing[0]}")
     with _reading(f"processor of the {what}", beside := processor or source):
         # Torchvision's resizing differs from PIL's: a score must not depend on whether it is installed.
-        images = transformers.AutoImageProcessor.from_pretrained(beside, backend="pil")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(beside) if text else None
+        images = transformers.AutoImageProcessor.from_pretrained(beside, backend="pil", trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(beside, trust_remote_code=False) if text else None
     used = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(unused)}
     settings = (
         class_name,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from opgrpo_data.io import Directory
+from pipelines.experiment import Experiment
+from pipelines.loop import STAGES
 from pipelines.policies.pipeline_policy import PipelinePolicy
 from pipelines.rollout import rollout
 from pipelines.score import score
 from pipelines.selection import select
 from pipelines.train import train
 from tests.pipelines import bad_rewards
-from tests.pipelines.helpers import created, forked, shared_policy, small
+from tests.pipelines.helpers import TRAINED, created, forked, shared_policy, small
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -76,3 +79,19 @@ def replayed(planned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if iteration < 2:
             train(experiment, iteration)
     return folder / "store"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Experiment]:
+    """A run of one iteration of each of TRAINED, with its average kept as a policy. Shared: do not change it."""
+
+    @cache
+    def made(kind: str) -> Experiment:
+        policy = {"family": "sd3", "options": {"device": "cpu", **TRAINED[kind]}}
+        experiment = created(tmp_path_factory.mktemp("trained"), small(policy=policy, train={"lr": 1e-2, "ema_decay": 0.5}))
+        for stage in STAGES:
+            stage(experiment, 0)
+        experiment.keep_average(1)
+        return experiment
+
+    return made

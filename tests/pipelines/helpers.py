@@ -39,6 +39,14 @@ SMALL: Mapping[str, Any] = {
 }
 """Two groups of four trajectories of five steps, one shard a group; a clip of the gradient that never bites."""
 
+TRAINED: Mapping[str, Mapping[str, Any]] = {
+    "adapter": {"lora": {"rank": 4, "alpha": 7}},
+    "whole": {},
+    "adapter, bfloat16": {"lora": {"rank": 4, "alpha": 7}, "dtype": "bfloat16"},
+    "whole, bfloat16": {"dtype": "bfloat16"},
+}
+"""Ways of training the embedded model: the options of its policy."""
+
 
 @cache
 def _embedded() -> tuple[PipelinePolicy, dict[str, Tensor]]:

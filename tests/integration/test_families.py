@@ -44,7 +44,8 @@ def _config(case: Case, folder: Path, model: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_from_init_to_diffusers(name: str, tmp_path: Path) -> None:
+def test_a_family_from_init_to_diffusers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     case, store = CASES[name], tmp_path / "store"
     model = case.build(tmp_path / "model")
     config = _config(case, tmp_path, model)

@@ -176,6 +176,15 @@ def test_with_checkpointing_one_block_comes_on_top() -> None:
     assert saving.trainable.is_gradient_checkpointing
 
 
+def test_nothing_is_compiled_to_be_counted() -> None:
+    """It would take minutes, and shapes cannot be compiled."""
+    options = {"lora": {"rank": 4}, "gradient_checkpointing": True}
+    assert (
+        estimate(_config({**options, "compile": True}), 0)["activations_bytes"]
+        == (estimate(_config(options), 0)["activations_bytes"])
+    )
+
+
 def test_activations_grow_with_the_pairs_of_a_pass() -> None:
     """By default all of a microbatch: 64 trajectories with a window of three steps."""
     told = [

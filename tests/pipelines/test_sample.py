@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from opgrpo_data.ids import derived_seed
@@ -16,6 +17,8 @@ from pipelines.prompts import Prompt
 from pipelines.restore import restore
 from pipelines.sample import sample
 from tests.integration.harness import opgrpo, opgrpo_json
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 Trained = Callable[[str], Experiment]
 TEXTS = ["two blue squares", "a red circle"]

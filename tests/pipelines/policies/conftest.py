@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -11,15 +10,6 @@ import pytest
 
 from pipelines.policies.pipeline_policy import PipelinePolicy
 from tests.pipelines.policies.families import CASES, Case
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _quick_collections() -> Iterator[None]:
-    """Policies collect garbage when they let text encoders go: a second each, if it goes through all imported modules."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(params=[name for name in CASES if name != "sd3_without_t5"])

@@ -72,7 +72,9 @@ def _document(store: Store, policy_id: str) -> dict[str, Any]:
 
 
 def _newest_average(store: Store) -> dict[str, Any]:
-    averages = [document for document in store.documents("policies/*/policy.json") if document["kind"] == "average"]
+    # By the weights, which averages alone have: one that is the trained policy, or still the base, is registered as that.
+    kept = {path.split("/")[1] for path in store.directory.list("policies/*/weights.safetensors")}
+    averages = [document for document in store.documents("policies/*/policy.json") if document["policy_id"] in kept]
     if not averages:
         raise StoreError("the store has no averaged policy yet: finish a run, or name a policy of the view policies")
     newest = max(averages, key=lambda document: datetime.fromisoformat(document["created_at"]))

@@ -21,6 +21,7 @@ from pipelines.experiment import Experiment
 from pipelines.loop import STAGES
 from pipelines.policies.pipeline_policy import PipelinePolicy
 from pipelines.restore import Restored, restore
+from pipelines.train import train
 from tests.pipelines.helpers import created, flipped, forked, small
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -61,6 +62,19 @@ def test_there_may_be_no_last(replayed: Path, tmp_path: Path) -> None:
     message = "the store has no averaged policy yet: finish a run, or name a policy of the view policies"
     with pytest.raises(StoreError, match=message):
         restore(experiment.store, "last")
+
+
+@pytest.mark.parametrize(
+    ("ema", "kind"), [({"ema_decay": 0.0}, "trained"), ({"ema_every": 5}, "base")], ids=["no decay", "not yet moved"]
+)
+def test_last_may_be_no_policy_of_its_own(planned: Path, tmp_path: Path, ema: dict[str, float], kind: str) -> None:
+    """The average is the trained policy to the last bit, or the base: it has one id, and was registered by that name."""
+    experiment = forked(planned, tmp_path, train=ema)
+    train(experiment, 0)
+    policy_id = experiment.keep_average(1)
+    last = restore(experiment.store, "last")
+    assert (last.document["policy_id"], last.document["kind"]) == (policy_id, kind)
+    assert policy_id == (experiment.learner(1).policy_id if kind == "trained" else experiment.document["base_policy_id"])
 
 
 @pytest.mark.parametrize("kind", ["adapter", "whole, bfloat16"])

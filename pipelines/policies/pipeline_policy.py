@@ -198,27 +198,18 @@ def load_policy(
     transformer. gradient_checkpointing: a block's activations are computed again instead of kept. compile: torch.compile.
     offload: the autoencoder waits in main memory. Raises ValueError when the model is not there or is none of the family.
     """
-    for name, value, kind in (
-        ("negative_prompt", negative_prompt, str),
-        ("gradient_checkpointing", gradient_checkpointing, bool),
-        ("compile", compile, bool),
-        ("offload", offload, bool),
-        ("lora", {} if lora is None else lora, Mapping),
-    ):
-        if not isinstance(value, kind):
-            raise ValueError(f"policy.options.{name} must be {kind.__name__.lower()}, got {value!r}")
+    _check_kinds({"negative_prompt": negative_prompt}, str)
+    _check_kinds({"lora": {} if lora is None else lora}, Mapping)
+    _check_kinds({"gradient_checkpointing": gradient_checkpointing, "compile": compile, "offload": offload}, bool)
     precision, target = known_dtype(dtype), torch.device("meta") if outline else usable_device(device)
     if guidance_scale <= 0:
         raise ValueError(f"policy.options.guidance_scale {guidance_scale} must be positive; 1 means no guidance")
     where = folder or model
     source = outlined(model, where, family) if outline else find(model, where, family.pipeline_class, check)
     pipeline = source.load(precision, **dict.fromkeys(family.text_parts))
-    transformer = pipeline.transformer.requires_grad_(lora is None)
-    pipeline.vae.requires_grad_(False)
     adapter = None if lora is None else Lora(**lora)
-    if adapter is not None:
-        add_adapter(transformer, adapter, family.lora_targets)
-    transformer.to(target)
+    _make_trainable(pipeline, adapter, family.lora_targets)
+    transformer = pipeline.transformer.to(target)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if compile and not outline:
@@ -239,6 +230,20 @@ def load_policy(
     )
     family.latent_shape(pipeline)  # refuses a size that the model cannot draw
     return policy
+
+
+def _check_kinds(options: Mapping[str, Any], kind: type) -> None:
+    for name, value in options.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"policy.options.{name} must be {kind.__name__.lower()}, got {value!r}")
+
+
+def _make_trainable(pipeline: Any, adapter: Lora | None, targets: Sequence[str]) -> None:
+    """The whole transformer, or an adapter on it; the autoencoder never."""
+    pipeline.vae.requires_grad_(False)
+    pipeline.transformer.requires_grad_(adapter is None)
+    if adapter is not None:
+        add_adapter(pipeline.transformer, adapter, targets)
 
 
 def _encoder_id(source: Source, family: Family, dtype: str) -> str:

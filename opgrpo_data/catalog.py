@@ -30,12 +30,13 @@ _VIEWS = {
     "update_summary": QUERIES.joinpath("update_summary.sql").read_text(),
     "evals": "SELECT * FROM {evals}",
     "quarantine": "SELECT * FROM {quarantine}",
+    "dropped": "SELECT * FROM {dropped}",
 }
 
 
 class Catalog:
     """The views prompts, policies, runs, trajectories, rewards, reward_errors, buffer, plans, densities, updates, update_steps,
-    update_summary, evals, quarantine.
+    update_summary, evals, quarantine, dropped.
 
     They show what was committed when the catalog was opened. The connection may read the store's indexes and nothing
     else: no other file, no network, no extension, no statement but a query.

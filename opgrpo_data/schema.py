@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from opgrpo_data.errors import StoreError
 
 FORMAT = "opgrpo-store"
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 
 _FLOATS = pa.list_(pa.float64())
 _INTS = pa.list_(pa.int64())
@@ -222,9 +222,24 @@ QUARANTINE = pa.schema(
         ("trajectory_id", pa.string()),
         ("file", pa.string()),
         ("member", pa.string()),
+        ("reason", pa.string()),
         ("expected_crc32", pa.uint32()),
         ("found_crc32", pa.uint32()),
         ("noticed_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+
+# Shards whose bytes `opgrpo gc` removed. Their index rows stay: lineage, densities and rewards remain to be asked for.
+DROPPED = pa.schema(
+    [
+        ("index_file", pa.string()),
+        ("run_id", pa.string()),
+        ("iteration", pa.int64()),
+        ("shard", pa.string()),
+        ("trajectories", pa.int64()),
+        ("bytes", pa.int64()),
+        ("reason", pa.string()),
+        ("dropped_at", pa.timestamp("us", tz="UTC")),
     ]
 )
 

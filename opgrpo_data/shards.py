@@ -171,7 +171,11 @@ def read_latents(directory: Directory, location: LatentLocation, first: int, las
         raise IndexError(f"latents {first}..{last} of {location.trajectory_id}: it has {len(location.checksums)}")
     size = location.latent_bytes
     start = location.offset + location.header + first * size
-    data = directory.read_range(location.file, start, (last - first + 1) * size)
+    try:
+        data = directory.read_range(location.file, start, (last - first + 1) * size)
+    except FileNotFoundError as error:
+        member = f"{location.trajectory_id}.latents.npy latent {first}"
+        raise CorruptionError(location.file, member, location.checksums[first], None, missing=True) from error
     for k in range(first, last + 1):
         piece = data[(k - first) * size : (k - first + 1) * size]
         member = f"{location.trajectory_id}.latents.npy latent {k}"
@@ -181,8 +185,11 @@ def read_latents(directory: Directory, location: LatentLocation, first: int, las
 
 def read_media(directory: Directory, row: Mapping[str, Any]) -> bytes:
     """The encoded media of one `trajectories` row. Raises CorruptionError when its bytes are not those written."""
-    data = directory.read_range(row["media_file"], row["media_offset"], row["media_length"])
     member = f"{row['trajectory_id']}.{row['media_format']}"
+    try:
+        data = directory.read_range(row["media_file"], row["media_offset"], row["media_length"])
+    except FileNotFoundError as error:
+        raise CorruptionError(row["media_file"], member, row["media_crc32"], None, missing=True) from error
     _verify(row["media_file"], member, data, row["media_length"], row["media_crc32"])
     return data
 

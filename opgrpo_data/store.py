@@ -39,6 +39,7 @@ TABLES: Mapping[str, TableKind] = {
     "updates": TableKind("updates/run=*/iter=*.parquet", schema.UPDATES),
     "evals": TableKind("evals/run=*/iter=*/*.parquet", schema.EVALS),
     "quarantine": TableKind("quarantine/*.parquet", schema.QUARANTINE),
+    "dropped": TableKind("dropped/run=*/iter=*/*.parquet", schema.DROPPED),
 }
 
 
@@ -175,6 +176,7 @@ class Store:
             "trajectory_id": trajectory_id,
             "file": error.file,
             "member": error.member,
+            "reason": error.reason,
             "expected_crc32": error.expected,
             "found_crc32": error.found,
             "noticed_at": now(),

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opgrpo_data.buffer import BufferRule
+from opgrpo_data.io import Directory
 from opgrpo_data.plan import PlanRule, WeightRule, build_plan
 from opgrpo_data.schema import BUFFERS, PLANS, REWARDS, TRAJECTORIES, table_of
 from opgrpo_data.shards import Record
@@ -94,6 +95,12 @@ def records(count: int, *, steps: int = 3, shape: Sequence[int] = (2, 2, 2), **c
 def folder(iteration: int = 0) -> str:
     """Where the shards of one iteration of the run lie."""
     return iteration_folder("trajectories", RUN, iteration)
+
+
+def overwrite(directory: Directory, path: str, content: bytes) -> None:
+    """Replace a published file, which nothing of ours ever does: damage."""
+    with directory.write_atomic(path) as file:
+        file.write(content)
 
 
 def shard_rows(store: Store) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from tests.opgrpo_data.factories import (
 
 VIEWS = {
     "prompts", "policies", "runs", "trajectories", "rewards", "reward_errors",
-    "buffer", "plans", "densities", "updates", "update_steps", "update_summary", "evals", "quarantine",
+    "buffer", "plans", "densities", "updates", "update_steps", "update_summary", "evals", "quarantine", "dropped",
 }  # fmt: skip
 SUMMARIES = {
     "update_steps": [
@@ -137,7 +137,7 @@ def test_every_view_of_a_filled_store_has_its_rows(catalog: Catalog) -> None:
     assert counts == {
         "prompts": 1, "policies": 1, "runs": 1, "trajectories": 5, "rewards": 4, "reward_errors": 1,
         "buffer": 2, "plans": 4, "densities": 1, "updates": 1, "update_steps": 2, "update_summary": 1,
-        "evals": 1, "quarantine": 1,
+        "evals": 1, "quarantine": 1, "dropped": 0,
     }  # fmt: skip
 
 

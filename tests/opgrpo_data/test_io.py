@@ -17,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opgrpo_data.errors import StoreError
-from opgrpo_data.io import NAME, TEMPORARY_PREFIX, Directory, checked_name
+from opgrpo_data.files import TEMPORARY_PREFIX
+from opgrpo_data.io import NAME, Directory, checked_name
+from opgrpo_data.remote import RemoteFiles
 from opgrpo_data.shards import write_shard
 from opgrpo_data.store import Store
 from tests.opgrpo_data.factories import folder, records, shard_rows
@@ -31,8 +33,7 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Directory:
 
 def everything(directory: Directory) -> list[str]:
     """All files, published or not."""
-    found = directory.filesystem.find(directory.root) if directory.filesystem.exists(directory.root) else []
-    return sorted(str(path).removeprefix(f"{directory.root}/") for path in found)
+    return [entry.path for entry in directory.entries()]
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -110,13 +111,13 @@ class Refusing(MemoryFileSystem):  # type: ignore[misc]
 
 def test_a_servers_refusal_means_taken_and_nothing_else_does() -> None:
     directory = Directory("memory://refusing")
-    directory.filesystem = Refusing(errno.EINVAL)
+    directory.files = RemoteFiles(Refusing(errno.EINVAL))
     with pytest.raises(OSError, match="the server says no"):  # the name is free, so EINVAL means something else
         directory.publish("a", b"")
     with MemoryFileSystem().open("/refusing/a", "wb") as file:
         file.write(b"taken")
     assert not directory.publish("a", b"")
-    directory.filesystem = Refusing(errno.EACCES)
+    directory.files = RemoteFiles(Refusing(errno.EACCES))
     with pytest.raises(PermissionError, match="the server says no"):
         directory.publish("a", b"")
 

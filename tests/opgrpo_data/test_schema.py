@@ -87,9 +87,9 @@ def test_known_versions_open(version: str) -> None:
         ({"format": FORMAT, "version": "one"}, "here: store.json has the format version 'one'"),
         ({"format": FORMAT, "version": "1.2.3"}, r"here: store.json has the format version '1\.2\.3'"),
         ({"format": FORMAT, "version": None}, "here: store.json has the format version 'None'"),
-        ({"format": FORMAT, "version": "1.2"}, r"here has format version 1\.2, newer than 1\.1, .* upgrade opgrpo"),
-        ({"format": FORMAT, "version": "2.0"}, r"here has format version 2\.0, newer than 1\.1, .* upgrade opgrpo"),
-        ({"format": FORMAT, "version": "1.10"}, r"here has format version 1\.10, newer than 1\.1"),
+        ({"format": FORMAT, "version": "1.3"}, r"here has format version 1\.3, newer than 1\.2, .* upgrade opgrpo"),
+        ({"format": FORMAT, "version": "2.0"}, r"here has format version 2\.0, newer than 1\.2, .* upgrade opgrpo"),
+        ({"format": FORMAT, "version": "1.10"}, r"here has format version 1\.10, newer than 1\.2"),
     ],
     ids=str,
 )

@@ -29,7 +29,7 @@ from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.io import Directory
 from opgrpo_data.shards import LatentLocation, Record, read_latents, read_media, write_shard
 from opgrpo_data.store import Store
-from tests.opgrpo_data.factories import NUMPY, folder, random_latents, record, records, shard_rows
+from tests.opgrpo_data.factories import NUMPY, folder, overwrite, random_latents, record, records, shard_rows
 
 ROOT = Path(__file__).parents[2]
 IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", fullmatch=True)
@@ -264,10 +264,10 @@ def test_damage_is_found_on_an_object_store_too() -> None:
     [row] = shard_rows(store)
     data = bytearray(store.directory.read(row["latents_file"]))
     data[row["latents_offset"] + row["latents_header"]] ^= 1
-    store.directory.filesystem.pipe_file(store.directory.path(row["latents_file"]), bytes(data))
+    overwrite(store.directory, row["latents_file"], bytes(data))
     with pytest.raises(CorruptionError, match=r"t0\.latents\.npy latent 0: expected crc32"):
         whole(store.directory, row)
-    store.directory.filesystem.pipe_file(store.directory.path(row["latents_file"]), bytes(data[:600]))
+    overwrite(store.directory, row["latents_file"], bytes(data[:600]))
     with pytest.raises(CorruptionError, match=r"t0\.latents\.npy latent 0: .*the file ends before it"):
         whole(store.directory, row)
 

@@ -16,7 +16,7 @@ from opgrpo_data import ids
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.schema import PLANS, PROMPTS, QUARANTINE, REWARDS, SCHEMA_VERSION, table_of
 from opgrpo_data.store import TABLES, Store, iteration_folder, now
-from tests.opgrpo_data.factories import rewards
+from tests.opgrpo_data.factories import overwrite, rewards
 
 PROMPT: dict[str, Any] = {"text": "a red square", "metadata": {"kind": "single", "count": 1}}
 
@@ -157,7 +157,7 @@ class TableFile:
 
     def read(self, content: bytes) -> pa.Table:
         """What the store reads when the file holds these bytes instead."""
-        self.store.directory.filesystem.pipe_file(self.store.directory.path(self.path), content)
+        overwrite(self.store.directory, self.path, content)
         return self.store.read_tables("rewards", [self.path])
 
 
@@ -301,8 +301,8 @@ def test_quarantine(store: Store) -> None:
     assert rows == [
         dict(zip(QUARANTINE.names, values, strict=False))
         for values in (
-            ("t1", "a.tar", "t1.latents.npy latent 2", 2**32 - 1, 7),
-            ("t2", "a.tar", "t2.latents.npy latent 0", 1, None),
+            ("t1", "a.tar", "t1.latents.npy latent 2", "checksum", 2**32 - 1, 7),
+            ("t2", "a.tar", "t2.latents.npy latent 0", "truncated", 1, None),
         )
     ]
 

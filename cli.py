@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from opgrpo_data.store import Store
     from pipelines.experiment import Experiment
 
 app = typer.Typer(
@@ -22,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+store_app = typer.Typer(help="Look into a store.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
 
 DEFAULT_STORE = "opgrpo-store"
 QUICKSTART = Path(__file__).parent / "pipelines" / "embedded" / "quickstart.yaml"
@@ -32,9 +39,10 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a s
 ImportBuffer = Annotated[
     str | None, typer.Option(help="start from the replay buffers of another store; the same as --set replay.import_buffer=...")
 ]
-PolicyId = Annotated[
-    str, typer.Option("--policy", help="policy_id, the beginning of it, or `last`: the last average of the newest run")
-]
+POLICY_HELP = "policy_id, the beginning of it, or `last`: the last average of the newest run"
+PolicyId = Annotated[str, typer.Option("--policy", help=POLICY_HELP)]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="run Python code that the store names as the policy's family")]
+DatasetForm = Literal["webdataset", "huggingface", "preferences", "sft"]
 Iteration = Annotated[int | None, typer.Option(min=0, help="which iteration; by default the one the run is in")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
@@ -57,6 +65,38 @@ def _errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}{_REMEDIES.get(getattr(error, 'errno', 0), '')}", err=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+
+
+def _tells(command: Callable[..., Any]) -> Callable[..., None]:
+    """A command that returns what it has to tell, an object or rows: it takes --json too, and its errors are one line."""
+
+    @wraps(command)
+    def tell(*, as_json: bool, **given: Any) -> None:
+        with _errors():
+            from pipelines.console import show
+
+            show(command(**given), as_json)
+
+    own = inspect.signature(command, eval_str=True)
+    as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+    tell.__signature__ = own.replace(parameters=[*own.parameters.values(), as_json])  # type: ignore[attr-defined]
+    return tell
+
+
+def _open(url: str) -> Store:
+    from opgrpo_data.store import Store
+
+    return Store.open(url)
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--options is not JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--options must be a JSON object, got {text!r}")
+    return options
 
 
 def _experiment(config: Path, store: str, overrides: list[str] | None, quiet: bool, *, init: bool = False) -> Experiment:
@@ -132,11 +172,6 @@ def _planned(experiment: Experiment, iteration: int | None) -> int:
     return current if has_plan or current == 0 else current - 1
 
 
-def _given(_: Experiment, iteration: int | None) -> int | None:
-    """All of the run unless an iteration is given."""
-    return iteration
-
-
 def _trained(experiment: Experiment, iteration: int | None) -> int:
     """The newest policy."""
     return experiment.iteration if iteration is None else iteration
@@ -149,22 +184,10 @@ _stage(
     "Draw the trajectories of an iteration: fresh ones, and continuations of replayed prefixes.",
 )
 _stage(
-    "score",
-    "pipelines.score:score",
-    _given,
-    "Score what lacks the reward: the trajectories of one iteration, or of the whole run.",
-)
-_stage(
     "select",
     "pipelines.selection:select",
     _current,
     "Choose the replay buffer, and plan the training iteration: advantages, importance weights, batches.",
-)
-_stage(
-    "train",
-    "pipelines.train:train",
-    _planned,
-    "Execute the plan of an iteration: a new policy, and a record of what was done with each trajectory.",
 )
 _stage(
     "eval",
@@ -172,6 +195,68 @@ _stage(
     _trained,
     "Measure the held-out reward of the averaged policy at the start of an iteration, and keep that policy.",
 )
+
+
+@app.command()
+def score(
+    config: Annotated[Path | None, typer.Argument(help="the run's YAML file; not with --reward")] = None,
+    store: StoreUrl = DEFAULT_STORE,
+    iteration: Iteration = None,
+    reward: Annotated[str | None, typer.Option(help="another reward, for stored trajectories of any run")] = None,
+    options: Annotated[str, typer.Option(help="of that reward, as a JSON object")] = "{}",
+    run: Annotated[str | None, typer.Option(help="with --reward: only this run's trajectories")] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score what lacks the reward: the trajectories of one iteration, or of the whole run; or, with --reward, of the store."""
+    with _errors():
+        from pipelines.console import show_outcome
+
+        if reward is not None:
+            from pipelines.progress import Progress
+            from pipelines.rescore import rescore
+            from pipelines.settings import RewardConfig
+
+            if config is not None or iteration is not None or overrides:
+                raise ValueError("--reward scores stored trajectories of any run: it goes with --run, not with a CONFIG")
+            asked = RewardConfig(name=reward, options=_options(options))
+            outcome = rescore(_open(store), asked, run=run, dry_run=dry_run, progress=Progress(quiet))
+        elif config is None or run is not None:
+            raise ValueError("give the run's CONFIG, or --reward NAME (and perhaps --run) to score stored trajectories anew")
+        else:
+            from pipelines.score import score
+
+            outcome = score(_experiment(config, store, overrides, quiet), iteration, dry_run)
+        show_outcome(outcome, dry_run, as_json)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    store: StoreUrl = DEFAULT_STORE,
+    iteration: Iteration = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="all iterations, from trajectories that the store has: --set algorithm=offline")
+    ] = False,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Execute the plan of an iteration: a new policy, and a record of what was done with each trajectory."""
+    with _errors():
+        if offline:
+            if iteration is not None:
+                raise ValueError("--offline trains all iterations: leave --iteration away")
+            _run(config, store, [*(overrides or ()), "algorithm=offline"], dry_run, as_json, quiet)
+            return
+        from pipelines.console import show_outcome
+        from pipelines.train import train
+
+        experiment = _experiment(config, store, overrides, quiet)
+        show_outcome(train(experiment, _planned(experiment, iteration), dry_run), dry_run, as_json)
 
 
 @app.command()
@@ -205,25 +290,20 @@ def quickstart(
 
 
 @app.command()
+@_tells
 def sql(
     query: Annotated[str, typer.Argument(help="one SELECT over prompts, policies, runs, trajectories, rewards, buffer, ...")],
     store: StoreUrl = DEFAULT_STORE,
-    as_json: Json = False,
-) -> None:
+    allow_external: Annotated[bool, typer.Option(help="let the query read other files, and the network")] = False,
+) -> Any:
     """Ask the store anything, read-only. `SHOW TABLES` and `DESCRIBE trajectories` tell what there is."""
-    with _errors():
-        from opgrpo_data.catalog import Catalog
-        from opgrpo_data.store import Store
-        from pipelines.console import show_table, to_json
+    from opgrpo_data.catalog import Catalog
 
-        rows = Catalog(Store.open(store)).query(query).to_pylist()
-        if as_json:
-            typer.echo(to_json(rows))
-        else:
-            show_table(rows)
+    return Catalog(_open(store), allow_external=allow_external).query(query).to_pylist()
 
 
 @app.command()
+@_tells
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="what to draw")],
     policy: PolicyId,
@@ -232,32 +312,157 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="samples of each prompt")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 28,
     seed: Annotated[int, typer.Option(min=0, help="of the noise: the same for every policy")] = 0,
-    as_json: Json = False,
-) -> None:
+    trust_code: TrustCode = False,
+) -> Any:
     """Draw pictures (or videos) with a policy of the store."""
-    with _errors():
-        from opgrpo_data.store import Store
-        from pipelines.sample import sample
+    from pipelines.sample import sample
 
-        paths = sample(Store.open(store), policy, prompts, to, count=count, num_steps=steps, seed=seed)
-        told = [str(path) for path in paths]
-        typer.echo(json.dumps(told) if as_json else "\n".join(told))
+    options = {"count": count, "num_steps": steps, "seed": seed, "trust_code": trust_code}
+    return [str(path) for path in sample(_open(store), policy, prompts, to, **options)]
 
 
 @app.command()
+@_tells
 def export(
-    policy: PolicyId,
-    to: Annotated[Path, typer.Option(help="a new folder")],
+    to: Annotated[str, typer.Option(help="a new folder, or for trajectories also a bucket prefix")],
+    policy: Annotated[str | None, typer.Option(help=POLICY_HELP)] = None,
+    form: Annotated[DatasetForm | None, typer.Option("--as", help="trajectories as a dataset of this form")] = None,
+    where: Annotated[str | None, typer.Option(help="SQL condition on the trajectories, for example value > 0.5")] = None,
+    reward: Annotated[str | None, typer.Option(help="the reward that `value` means, where there are several")] = None,
     store: StoreUrl = DEFAULT_STORE,
-    as_json: Json = False,
-) -> None:
-    """Write a policy as files that diffusers loads (a LoRA, or the whole transformer), with a model card."""
-    with _errors():
-        from opgrpo_data.store import Store
-        from pipelines.console import show
+    trust_code: TrustCode = False,
+) -> Any:
+    """Write a policy as files that diffusers loads, with a model card; or trajectories as a dataset that other tools read."""
+    if (policy is None) == (form is None):
+        raise ValueError("give either --policy (what to write as a model) or --as (the form of the dataset to write)")
+    if policy is not None:
         from pipelines.export import export
 
-        show(export(Store.open(store), policy, to), as_json)
+        if where is not None or reward is not None:
+            raise ValueError("--where and --reward choose trajectories: they go with --as, not with --policy")
+        return export(_open(store), policy, Path(to), trust_code=trust_code)
+    from opgrpo_data.exchange import export_dataset
+
+    return export_dataset(_open(store), to, str(form), reward=reward, where=where)
+
+
+@app.command(name="import")
+@_tells
+def import_(
+    source: Annotated[str, typer.Argument(help="another store, or a dataset that `opgrpo export` wrote with its latents")],
+    store: StoreUrl = DEFAULT_STORE,
+    merge: Annotated[bool, typer.Option("--merge", help="also into a store that holds something already")] = False,
+) -> Any:
+    """Take over trajectories, rewards and all that is known of them; what is there already is skipped."""
+    from opgrpo_data.exchange import import_dataset
+    from opgrpo_data.store import Store
+
+    return import_dataset(source, Store.create(store), merge=merge)
+
+
+@app.command(name="evaluate-offline")
+@_tells
+def evaluate_offline(
+    policy: Annotated[str, typer.Argument(help=POLICY_HELP)],
+    reward: Annotated[str | None, typer.Option(help="which reward; by default the one of the policy's run")] = None,
+    run: Annotated[str | None, typer.Option(help="only trajectories of this run")] = None,
+    last: Annotated[int | None, typer.Option(min=1, help="only the last so many iterations before the policy")] = None,
+    store: StoreUrl = DEFAULT_STORE,
+) -> Any:
+    """Estimate a policy's reward from stored trajectories alone, and say how far that can be trusted."""
+    from pipelines.offline_evaluation import evaluate_offline
+
+    return asdict(evaluate_offline(_open(store), policy, reward=reward, run=run, iterations=last))
+
+
+@app.command()
+def verify(
+    store: StoreUrl = DEFAULT_STORE,
+    deep: Annotated[bool, typer.Option("--deep", help="read every byte, not only indexes and sizes")] = False,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="bar damaged trajectories from buffers and plans")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Look for anything in the store that is not as it was written. Exit code 1 when something is wrong."""
+    with _errors():
+        from opgrpo_data.verify import verify
+        from pipelines.console import show_report
+        from pipelines.progress import Progress
+
+        report = verify(_open(store), deep=deep, quarantine=quarantine, bar=Progress(quiet).bar)
+        show_report(report, as_json)
+        if report.findings:
+            raise typer.Exit(1)
+
+
+@app.command()
+@_tells
+def gc(
+    store: StoreUrl = DEFAULT_STORE,
+    delete: Annotated[bool, typer.Option("--delete", help="really remove it; without, only say what would be")] = False,
+    grace_hours: Annotated[float, typer.Option(min=0, help="leave what is younger: it may be under way")] = 24,
+    keep_iterations: Annotated[
+        int | None, typer.Option(min=1, help="drop latents and media that no buffer, plan or pin of so many iterations holds")
+    ] = None,
+) -> Any:
+    """Remove what killed commands left behind, and, if asked, the bytes of trajectories that nothing needs any more."""
+    from opgrpo_data.garbage import collect
+
+    grace = timedelta(hours=grace_hours)
+    return asdict(collect(_open(store), delete=delete, grace=grace, keep_iterations=keep_iterations))
+
+
+@app.command()
+@_tells
+def compact(store: StoreUrl = DEFAULT_STORE, dry_run: DryRun = False) -> Any:
+    """Merge many small index files into a few large ones that SQL reads faster. Tars are not touched."""
+    from opgrpo_data.compaction import compact
+
+    return compact(_open(store), dry_run=dry_run)
+
+
+@app.command()
+@_tells
+def pin(
+    run: Annotated[str, typer.Argument(help="run_id")],
+    store: StoreUrl = DEFAULT_STORE,
+    remove: Annotated[bool, typer.Option("--remove", help="take the pin away")] = False,
+) -> Any:
+    """Keep all trajectories of a run, and all that its buffers and plans use, from `opgrpo gc`."""
+    opened = _open(store)
+    (opened.unpin if remove else opened.pin)(run)
+    return {"pinned": sorted(opened.pins())}
+
+
+@app.command()
+@_tells
+def migrate(store: StoreUrl = DEFAULT_STORE, dry_run: DryRun = False) -> Any:
+    """Raise a store to the present format version. Older software cannot open it afterwards."""
+    from opgrpo_data.migrate import migrate
+
+    return migrate(store, dry_run=dry_run)
+
+
+@store_app.command(name="ls")
+@_tells
+def store_ls(store: StoreUrl = DEFAULT_STORE) -> Any:
+    """The runs of the store: iterations, trajectories, bytes, rewards, policies."""
+    from opgrpo_data.exchange import listing
+
+    return listing(_open(store))
+
+
+@store_app.command(name="show")
+@_tells
+def store_show(
+    trajectory: Annotated[str, typer.Argument(help="trajectory_id, the beginning of it, or `best`")],
+    store: StoreUrl = DEFAULT_STORE,
+    to: Annotated[Path | None, typer.Option(help="a PNG with its pictures through the denoising")] = None,
+) -> Any:
+    """One trajectory: prompt, lineage, rewards, and what training did with it."""
+    from pipelines.show import show
+
+    return show(_open(store), trajectory, to)
 
 
 @app.command(name="serve-reward")
@@ -272,7 +477,7 @@ def serve_reward(
     with _errors():
         from pipelines.reward_server import serve
 
-        serve(name, options, host, port, token_variable)
+        serve(name, _options(options), host, port, token_variable)
 
 
 def _run(config: Path, store: str, overrides: list[str] | None, dry_run: bool, as_json: bool, quiet: bool) -> None:

@@ -51,15 +51,22 @@ def candidates(trajectories: pa.Table, rewards: pa.Table) -> pa.Table:
 
 
 def select(
-    previous: pa.Table, found: pa.Table, excluded: set[str], *, run_id: str, iteration: int, rule: BufferRule
+    previous: pa.Table,
+    found: pa.Table,
+    excluded: set[str],
+    *,
+    run_id: str,
+    iteration: int,
+    rule: BufferRule,
+    setting: str = "replay.selection",
 ) -> pa.Table:
     """The buffer after `iteration`: what the rule's selection keeps of the incumbents and the new candidates.
 
     previous, found and the result have the schema BUFFERS. The selection is a SELECT over the table `entries` (all of them,
     with age and decayed_reward; see queries/entries.sql) that returns a column trajectory_id, best first;
     getvariable('members'), ('iteration') and ('seed') hold the rule's numbers. Of each prompt the first `members` stay. Rewards
-    that are not finite, and trajectories in `excluded`, are no entries. Raises StoreError when a user's SQL fails or names a
-    trajectory that is no entry.
+    that are not finite, and trajectories in `excluded`, are no entries. Raises StoreError, which names the setting, when a
+    user's SQL fails or names a trajectory that is no entry.
     """
     with duckdb.connect(":memory:", config={"enable_external_access": "false"}) as connection:
         connection.register("previous", previous)
@@ -70,7 +77,7 @@ def select(
         for name, number in (("members", rule.members), ("iteration", iteration), ("seed", rule.seed)):
             connection.execute(f"SET VARIABLE {name} = {int(number)}")
         connection.execute("SET lock_configuration=true")
-        connection.register("chosen", _chosen(connection, rule.selection))
+        connection.register("chosen", _chosen(connection, rule.selection, setting))
         kept = connection.sql(
             "SELECT e.* FROM entries e JOIN chosen USING (trajectory_id) "
             "QUALIFY row_number() OVER (PARTITION BY prompt_id ORDER BY position) <= getvariable('members') ORDER BY position"
@@ -83,11 +90,12 @@ def select(
     return snapshot
 
 
-def check_selection(selection: str) -> None:
+def check_selection(selection: str, setting: str = "replay.selection") -> None:
     """Raise ValueError unless `selection` is one of SELECTIONS, or one SELECT that finds trajectory_id in `entries`."""
     if selection not in SELECTIONS:
         nothing = BUFFERS.empty_table()
-        select(nothing, nothing, set(), run_id="", iteration=0, rule=BufferRule(1.0, "multiplicative", selection))
+        rule = BufferRule(1.0, "multiplicative", selection)
+        select(nothing, nothing, set(), run_id="", iteration=0, rule=rule, setting=setting)
 
 
 def _query(selection: str) -> str:
@@ -104,18 +112,18 @@ def _query(selection: str) -> str:
     return selection
 
 
-def _chosen(connection: duckdb.DuckDBPyConnection, selection: str) -> pa.Table:
+def _chosen(connection: duckdb.DuckDBPyConnection, selection: str, setting: str) -> pa.Table:
     """What the selection returns: trajectory_id and its position, duplicates dropped."""
     query = _query(selection)
     try:
         found = connection.sql(query).to_arrow_table()
     except duckdb.Error as error:
-        raise StoreError(f"replay.selection: {' '.join(str(error).split())}; the query was {selection!r}") from error
+        raise StoreError(f"{setting}: {' '.join(str(error).split())}; the query was {selection!r}") from error
     if found.column_names.count("trajectory_id") != 1 or not pa.types.is_string(found.schema.field("trajectory_id").type):
         returned = ", ".join(f"{field.name} ({field.type})" for field in found.schema)
-        raise StoreError(f"replay.selection must return one text column trajectory_id, it returned {returned}")
+        raise StoreError(f"{setting} must return one text column trajectory_id, it returned {returned}")
     ids = list(dict.fromkeys(found["trajectory_id"].to_pylist()))
     known = {row for (row,) in connection.execute("SELECT trajectory_id FROM entries").fetchall()}
     if strangers := [name for name in ids if name not in known]:
-        raise StoreError(f"replay.selection named trajectories that are no entries: {strangers[:3]}")
+        raise StoreError(f"{setting} named trajectories that are no entries: {strangers[:3]}")
     return pa.table({"trajectory_id": pa.array(ids, pa.string()), "position": pa.array(range(len(ids)), pa.int64())})

@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from opgrpo_data.errors import StoreError
 from opgrpo_data.files import TEMPORARY_PREFIX, Entry, Files, Range
 from opgrpo_data.local import LocalFiles
 from opgrpo_data.remote import RemoteFiles
+from opgrpo_data.retries import CREDENTIALS
+from opgrpo_data.s3 import s3_options
 
+WITH_PASSWORD = re.compile(r"://[^/@:]*:[^@]*@")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -36,14 +40,28 @@ def checked_name(name: str, what: str) -> str:
     return name
 
 
+def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of a URL, and the path in it. A URL is printed and stored, so one with a password in it is refused."""
+    if WITH_PASSWORD.search(url):
+        shown = WITH_PASSWORD.sub("://...@", url)
+        raise StoreError(f"the store's URL {shown} holds a password, and URLs are kept: leave it out; {CREDENTIALS}")
+    s3 = url.startswith(("s3://", "s3a://"))
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url, **(s3_options() if s3 else {}))
+    except ImportError as error:
+        raise StoreError(f"cannot reach the store {url!r}: {error}" + (': pip install "opgrpo[s3]"' if s3 else "")) from error
+    except ValueError as error:
+        raise StoreError(f"cannot reach the store {url!r}: {error}") from error
+    if s3 and not root.partition("/")[0]:
+        raise StoreError(f"the store's URL {url!r} names no bucket: give s3://BUCKET/PREFIX")
+    return filesystem, root
+
+
 class Directory:
     """A place and the files in it. The only class that knows where files lie."""
 
     def __init__(self, url: str) -> None:
-        try:
-            filesystem, self.root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise StoreError(f"cannot reach the store {url!r}: {error}") from error
+        filesystem, self.root = _filesystem(url)
         self.local = isinstance(filesystem, LocalFileSystem)
         self.files: Files = LocalFiles() if self.local else RemoteFiles(filesystem)
         self.url = self.root if self.local else url
@@ -70,7 +88,7 @@ class Directory:
         found = self.files.glob(self.root, pattern)
         return sorted(name for name in found if not name.rpartition("/")[2].startswith(TEMPORARY_PREFIX))
 
-    def entries(self, folder: str = "") -> list[Entry]:
+    def entries(self, folder: str = "") -> Sequence[Entry]:
         """Every file below a folder, unfinished ones too, sorted by path."""
         self.path(folder)
         return sorted(self.files.entries(self.root, folder), key=lambda entry: entry.path)

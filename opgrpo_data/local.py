@@ -1,8 +1,13 @@
-"""Files on a local disk: temporary names, fsync, hard links, scattered reads."""
+"""Files on a local disk: temporary names, fsync, hard links, scattered reads.
+
+Memory: a file being written holds BUFFER_BYTES.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import glob
+import io
 import os
 import secrets
 import shutil
@@ -10,11 +15,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from opgrpo_data.files import TEMPORARY_PREFIX, Entry, Range
+from opgrpo_data.scatter import read_scattered
 
 BUFFER_BYTES = 256 * 1024
+DRAIN_BYTES = 8 * 1024 * 1024
+
+# Only Linux has it. Alone of its flags, WRITE leaves an error of the disk for fsync to report.
+SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
+SYNC_FILE_RANGE_WRITE = 2
 
 
 class LocalFiles:
@@ -51,14 +62,7 @@ class LocalFiles:
 
     def read_ranges(self, ranges: Sequence[Range], into: memoryview) -> list[int]:
         """See Files."""
-        found, start = [], 0
-        for wanted in ranges:
-            count = 0
-            with suppress(FileNotFoundError), Path(wanted.file).open("rb", buffering=0) as file:
-                count = os.preadv(file.fileno(), [into[start : start + wanted.length]], wanted.offset)
-            found.append(count)
-            start += wanted.length
-        return found
+        return read_scattered(ranges, into)
 
     @contextmanager
     def write_atomic(self, path: str) -> Iterator[BinaryIO]:
@@ -97,15 +101,44 @@ def _temporary(path: str) -> Iterator[tuple[BinaryIO, Path, Path]]:
     _make_directory(target.parent)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
     try:
-        with temporary.open("xb", buffering=BUFFER_BYTES) as file:
+        with io.BufferedWriter(_Draining(temporary, "xb"), BUFFER_BYTES) as file:
             yield file, temporary, target
     finally:
         temporary.unlink(missing_ok=True)
 
 
+class _Draining(io.FileIO):
+    """A new file whose bytes are sent to the disk as they come, DRAIN_BYTES at a time: the fsync at the end finds few left."""
+
+    _size = 0
+    _sent = 0
+
+    def write(self, data: Any) -> int:
+        """As any file; then has the system begin to write to the disk, which it does in the background."""
+        with _named(self.name):
+            written = super().write(data)
+        self._size += written
+        if SYNC_FILE_RANGE is not None and self._size - self._sent >= DRAIN_BYTES:
+            offset, length = ctypes.c_int64(self._sent), ctypes.c_int64(self._size - self._sent)
+            SYNC_FILE_RANGE(self.fileno(), offset, length, SYNC_FILE_RANGE_WRITE)
+            self._sent = self._size
+        return written
+
+
 def _sync(file: BinaryIO) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    with _named(file.name):
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _named(path: Any) -> Iterator[None]:
+    """An error of the disk, such as a full one, does not say by itself which file it met."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _make_directory(path: Path) -> None:

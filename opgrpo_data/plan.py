@@ -81,7 +81,22 @@ def build_plan(
     Rows lie in the order of execution: optimizer_step, then microstep. A trajectory without a reward, or in quarantine,
     is left out; its group's advantages are made of the members that remain. Raises StoreError when none remain.
     """
-    members = (
+    members = scored_members(trajectories, rewards, excluded)
+    if members.is_empty():
+        raise StoreError("no trajectory of this iteration has a usable reward: see the view reward_errors")
+    fresh = with_advantages(members, rule).with_columns(
+        prefix_steps=pl.col("prefix_steps").fill_null(0),
+        born_iteration=pl.col("iteration"),
+        role=pl.when(pl.col("prefix_steps") > 0).then(pl.lit("continuation")).otherwise(pl.lit("fresh")),
+    )
+    rows = conform(fresh.to_arrow(), PLANS).to_pylist()
+    rows += [row for row in reused.to_pylist() if row["trajectory_id"] not in excluded]
+    return plan_of(rows, iteration=iteration, rule=rule)
+
+
+def scored_members(trajectories: pa.Table, rewards: pa.Table, excluded: set[str]) -> pl.DataFrame:
+    """Trajectories that have a finite reward and are not excluded, with the columns reward and detail; in a fixed order."""
+    return (
         cast(pl.DataFrame, pl.from_arrow(trajectories))
         .join(
             cast(pl.DataFrame, pl.from_arrow(rewards.select(["trajectory_id", "value", "detail"]))).rename({"value": "reward"}),
@@ -91,16 +106,18 @@ def build_plan(
         # A join keeps no order, and sums depend on it in their last bit. trajectory_id would order by the run's name.
         .sort("prompt_id", "member_index", "trajectory_id")
     )
-    if members.is_empty():
-        raise StoreError("no trajectory of this iteration has a usable reward: see the view reward_errors")
-    fresh = members.with_columns(
-        advantage=advantages(members, rule).clip(-rule.advantage_clip, rule.advantage_clip),
-        prefix_steps=pl.col("prefix_steps").fill_null(0),
-        born_iteration=pl.col("iteration"),
-        role=pl.when(pl.col("prefix_steps") > 0).then(pl.lit("continuation")).otherwise(pl.lit("fresh")),
-    )
-    rows = conform(fresh.to_arrow(), PLANS).to_pylist()
-    rows += [row for row in reused.to_pylist() if row["trajectory_id"] not in excluded]
+
+
+def with_advantages(members: pl.DataFrame, rule: PlanRule) -> pl.DataFrame:
+    """Members (group_id, reward; of a composite reward detail as well) with their advantage, clipped."""
+    return members.with_columns(advantage=advantages(members, rule).clip(-rule.advantage_clip, rule.advantage_clip))
+
+
+def plan_of(rows: list[dict[str, Any]], *, iteration: int, rule: PlanRule) -> pa.Table:
+    """Rows that have a role and an advantage as a plan: steps, weights, and their places in the order of execution.
+
+    Rows of which no step is trained are left out. The rows are changed.
+    """
     for row in rows:
         row["age"] = iteration - row["born_iteration"]
         row["train_steps"] = trained_steps(row, rule)
@@ -116,7 +133,8 @@ def build_plan(
             "first_latent": first,
             "last_latent": last,
         }
-        row["predicted_ess"] = importance.predicted_ess((row["path_variance"] or [])[: off_policy_steps(row)])
+        known = (row["path_variance"] or [])[: off_policy_steps(row)]
+        row["predicted_ess"] = None if row["role"] == "stored" else importance.predicted_ess(known)
     return pa.Table.from_pylist(_deal(rows, rule), schema=PLANS)
 
 
@@ -175,11 +193,12 @@ def reward_parts(members: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, float]]
 def off_policy_steps(row: dict[str, Any]) -> int:
     """How many first steps of a member another policy than the old one drew, and its weight counts.
 
-    0 for fresh members, the prefix of a continuation, the trained prefix of a reused member (no more of that is trained).
+    0 for fresh members, the prefix of a continuation, the trained prefix of a reused member (no more of that is trained);
+    0 for a stored member, which nobody judged: what is not known is not weighed.
     """
     if row["role"] == "reused":
         return len(row["path_variance"])
-    return int(row["prefix_steps"])
+    return 0 if row["role"] == "stored" else int(row["prefix_steps"])
 
 
 def importance_weights(rows: Sequence[dict[str, Any]], rule: WeightRule) -> list[float]:

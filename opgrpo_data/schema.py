@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opgrpo_data.errors import StoreError
+from opgrpo_data.seal import KEY, UNSEALED, sealed
 
 FORMAT = "opgrpo-store"
 SCHEMA_VERSION = "1.2"
@@ -281,10 +282,15 @@ def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """A table as a Parquet file, each page with its own checksum: a flipped bit must not change a log-prob unseen."""
+    """A table as a Parquet file, sealed; each page has a checksum of its own too, for readers that know no seals.
+
+    A flipped bit must not change a log-prob unseen.
+    """
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, write_page_checksum=True)
-    return buffer.getvalue()
+    with pq.ParquetWriter(buffer, table.schema, write_page_checksum=True) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({KEY: UNSEALED})
+    return sealed(buffer.getvalue())
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

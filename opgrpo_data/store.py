@@ -5,8 +5,7 @@ Everything a stage decides is a Parquet table or a JSON document published here 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from opgrpo_data import ids, schema
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.io import Directory, checked_name
+from opgrpo_data.seal import check_seal, read_json, sealed_json
 
 MARKER = "store.json"
 
@@ -54,6 +54,7 @@ REMADE = {
 DOCUMENT_KEYS = {
     "policies": {"policy_id", "created_at"},
     "runs": {"run_id", "config", "command", "software", "created_at"},
+    "pins": {"run_id", "pinned_at"},
 }
 
 
@@ -72,7 +73,7 @@ class Store:
                 raise StoreError(f"{url} is not empty and not an opgrpo store: choose another directory")
             document = {"format": schema.FORMAT, "version": schema.SCHEMA_VERSION, "created_at": now().isoformat()}
             try:
-                directory.publish(MARKER, json.dumps(document).encode())
+                directory.publish(MARKER, sealed_json(document))
             except OSError as error:
                 raise StoreError(f"cannot make a store at {url}: {error}; choose another directory") from error
         return cls.open(url)
@@ -81,16 +82,13 @@ class Store:
     def open(cls, url: str) -> Store:
         """Open an existing store. Raises StoreError when there is none, or its format is newer than this software."""
         directory = Directory(url)
-        try:
-            document = json.loads(directory.read(MARKER))
-        except FileNotFoundError as error:
-            raise StoreError(f"no store at {url}: make one with `opgrpo init --store {url} CONFIG`") from error
-        except ValueError as error:
-            raise StoreError(f"{url}/{MARKER} is not JSON ({error}): the store was damaged") from error
-        if not isinstance(document, dict):
-            raise StoreError(f"{url}/{MARKER} holds no JSON object: the store was damaged")
-        schema.check_version(document, url)
+        schema.check_version(_marker(directory, url), url)
         return cls(directory)
+
+    @property
+    def version(self) -> str:
+        """The format version that its store.json says."""
+        return str(_marker(self.directory, self.directory.url)["version"])
 
     # -- tables -----------------------------------------------------------------------------------------------------
 
@@ -100,13 +98,14 @@ class Store:
 
     def read_tables(self, kind: str, paths: Sequence[str]) -> pa.Table:
         """The rows of several files of one kind, in the order of `paths`; columns exactly as in its schema."""
-        wanted = TABLES[kind].schema
-        tables = [self._read_parquet(path, wanted) for path in paths]
-        return pa.concat_tables(tables) if tables else wanted.empty_table()
+        tables = [self.parse(kind, path, self.directory.read(path)) for path in paths]
+        return pa.concat_tables(tables) if tables else TABLES[kind].schema.empty_table()
 
-    def _read_parquet(self, path: str, wanted: pa.Schema) -> pa.Table:
-        data = self.directory.read(path)
+    def parse(self, kind: str, path: str, data: bytes) -> pa.Table:
+        """The table in a file of one kind. Raises StoreError, which names `path`, when the bytes are damaged."""
+        wanted = TABLES[kind].schema
         try:
+            check_seal(data)
             return schema.conform(pq.read_table(pa.BufferReader(data), page_checksum_verification=True), wanted)
         except (pa.ArrowException, OSError, ValueError) as error:  # depending on which byte is damaged
             raise StoreError(
@@ -145,7 +144,7 @@ class Store:
     def add_run(self, run_id: str, document: Mapping[str, Any]) -> bool:
         """Register a run: its resolved config, command line and software. False: it was registered before."""
         body = {"run_id": run_id, **document, "created_at": now().isoformat()}
-        return self.directory.publish(f"runs/{checked_name(run_id, 'run_id')}.json", json.dumps(body, indent=1).encode())
+        return self.directory.publish(f"runs/{checked_name(run_id, 'run_id')}.json", sealed_json(body, indent=1))
 
     def add_policy(self, policy_id: str, document: Mapping[str, Any], weights: bytes | None) -> bool:
         """Register a policy; its weights (safetensors), when kept, go first and policy.json, the commit, last."""
@@ -154,24 +153,21 @@ class Store:
             with self.directory.write_atomic(f"{folder}/weights.safetensors") as file:
                 file.write(weights)
         body = {"policy_id": policy_id, **document, "created_at": now().isoformat()}
-        return self.directory.publish(f"{folder}/policy.json", json.dumps(body, indent=1).encode())
+        return self.directory.publish(f"{folder}/policy.json", sealed_json(body, indent=1))
 
     def documents(self, pattern: str) -> Iterator[dict[str, Any]]:
         """The JSON documents whose paths match a glob, in the order of their names."""
         for path in self.directory.list(pattern):
-            try:
-                document = json.loads(self.directory.read(path))
-            except ValueError as error:
-                raise StoreError(f"{path} is not JSON ({error}): the store was damaged") from error
+            document = _document(self.directory, path, path)
             needed = DOCUMENT_KEYS[path.split("/")[0]]
-            if not isinstance(document, dict) or not needed <= set(document):
+            if not needed <= set(document):
                 raise StoreError(f"{path} is no object with {sorted(needed)}: the store was damaged, restore it from a copy")
             yield document
 
     # -- quarantine -------------------------------------------------------------------------------------------------
 
     def quarantine(self, trajectory_id: str, error: CorruptionError) -> None:
-        """Record that a trajectory's bytes are damaged. From then on no buffer and no plan takes it."""
+        """Record that a trajectory's bytes are damaged, and how. From then on no buffer and no plan takes it."""
         row = {
             "trajectory_id": trajectory_id,
             "file": error.file,
@@ -188,6 +184,56 @@ class Store:
         """Ids of all trajectories in quarantine."""
         return {path.removeprefix("quarantine/").removesuffix(".parquet") for path in self.files("quarantine")}
 
+    # -- dropped shards ---------------------------------------------------------------------------------------------
+
+    def dropped_shards(self) -> set[str]:
+        """Index files of the shards whose tars `opgrpo gc` removed: their rows stay, their latents and media do not."""
+        return {f"trajectories/{path.removeprefix('dropped/')}" for path in self.files("dropped")}
+
+    def unusable(self, rows: Iterable[Mapping[str, Any]]) -> set[str]:
+        """Ids of all trajectories in quarantine, and of those among `rows` (trajectory_id, latents_file) in dropped shards.
+
+        No buffer and no plan may take them.
+        """
+        shards = self.dropped_shards()
+        dropped = {row["trajectory_id"] for row in rows if shards and index_of(row["latents_file"]) in shards}
+        return self.quarantined() | dropped
+
+    # -- pins -------------------------------------------------------------------------------------------------------
+
+    def pin(self, run_id: str) -> None:
+        """Keep what a run drew, and what its buffers and plans use, from `opgrpo gc`. Raises StoreError for no such run."""
+        self._check_run(run_id)
+        self.directory.publish(f"pins/{run_id}.json", sealed_json({"run_id": run_id, "pinned_at": now().isoformat()}))
+
+    def unpin(self, run_id: str) -> None:
+        """Take a run's pin away, if it has one. Raises StoreError for no such run."""
+        self._check_run(run_id)
+        self.directory.remove(f"pins/{run_id}.json")
+
+    def pins(self) -> set[str]:
+        """Pinned runs."""
+        return {path.removeprefix("pins/").removesuffix(".json") for path in self.directory.list("pins/*.json")}
+
+    def _check_run(self, run_id: str) -> None:
+        if not self.directory.exists(f"runs/{checked_name(run_id, 'run_id')}.json"):
+            known = [path.removeprefix("runs/").removesuffix(".json") for path in self.directory.list("runs/*.json")]
+            raise StoreError(f"the store {self.directory.url} has no run {run_id}; it has {known}")
+
+
+def require_current(store: Store, what: str) -> None:
+    """Raise StoreError in a store of an older version: `what` would write there what the software of that version misreads."""
+    if (version := store.version) != schema.SCHEMA_VERSION:
+        raise StoreError(
+            f"{store.directory.url} has format version {version}, and {what} needs {schema.SCHEMA_VERSION}: "
+            f"run `opgrpo migrate --store {store.directory.url}` first"
+        )
+
+
+def index_of(tar: str) -> str:
+    """The index file of a shard, by the name of one of its tars: <shard>.<attempt>.<latents or media>.tar."""
+    return f"{tar.rsplit('.', 3)[0]}.parquet"
+
 
 def iteration_folder(kind: str, run_id: str, iteration: int) -> str:
     """`<kind>/run=<run>/iter=<000012>`: where one iteration of one run keeps its files of one kind."""
@@ -197,3 +243,17 @@ def iteration_folder(kind: str, run_id: str, iteration: int) -> str:
 def now() -> datetime:
     """The present moment, in UTC, as tables store it."""
     return datetime.now(UTC)
+
+
+def _marker(directory: Directory, url: str) -> dict[str, Any]:
+    try:
+        return _document(directory, MARKER, f"{url}/{MARKER}")
+    except FileNotFoundError as error:
+        raise StoreError(f"no store at {url}: make one with `opgrpo init --store {url} CONFIG`") from error
+
+
+def _document(directory: Directory, path: str, named: str) -> dict[str, Any]:
+    try:
+        return read_json(directory.read(path))
+    except ValueError as error:
+        raise StoreError(f"{named} {error}: the store was damaged, restore it from a copy") from error

@@ -1,91 +1,150 @@
-"""A plan to batches: a reader thread fetches and verifies the latents of the next microsteps while one is trained on."""
+"""A plan to batches: a thread reads and verifies the latents of the next microsteps while one is trained on."""
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from opgrpo_data.errors import CorruptionError
 from opgrpo_data.io import Directory
-from opgrpo_data.shards import LatentLocation, read_latents
+from opgrpo_data.locations import Int64s, Locations, Spans
+from opgrpo_data.reading import Read, memory, read_many
 
-PREFETCHED_BATCHES = 2
+RING = 3
+"""Buffers: one is trained on, one is ready, one is being filled."""
+
+WINDOW_BYTES = 16 * 2**20
+"""Small microsteps are read together, up to this size: then the disk is asked for many at once, in the order they lie in."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """One microstep of a plan.
 
-    rows: the plan's rows, without those whose bytes are damaged.
+    table: the plan's rows (schema PLANS), without those whose bytes are damaged.
     latents: per row the latents that its plan row names, first_latent .. last_latent, (n, *latent_shape), storage dtype.
+    They lie in a buffer that is used again: they are valid until the next batch is asked for.
     damaged: (trajectory_id, what was found) of rows left out.
     """
 
     optimizer_step: int
     microstep: int
-    rows: list[dict[str, Any]]
+    table: pa.Table
     latents: list[NDArray[Any]]
     damaged: list[tuple[str, CorruptionError]]
 
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of `table`, made when they are asked for."""
+        rows: list[dict[str, Any]] = self.table.to_pylist()
+        return rows
+
 
 def stream(directory: Directory, plan: pa.Table, rank: int = 0) -> Iterator[Batch]:
-    """Batches of one rank in the plan's order. Errors of the reader thread are raised here, in the consumer.
+    """Batches of one rank, by optimizer_step and microstep, their rows in the plan's order.
 
-    Only the bytes that training needs are read.
+    A pure function of the plan: to go on where training stopped, give it the plan's remaining rows. Only the bytes that
+    training needs are read. Memory: RING buffers, each as large as the largest batch, or as WINDOW_BYTES where that is more;
+    they begin at a page, so that they can be pinned. Raises StoreError when a row contradicts itself and IndexError when a
+    trajectory lacks the latents that are asked for; both before the first batch. Other errors of the thread are raised
+    where the batch was due. A thread runs until the iterator ends or is closed.
     """
-    mine = plan.filter(pc.equal(plan["rank"], rank))
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=PREFETCHED_BATCHES)
+    schedule = _Schedule.of(plan, rank)
+    if schedule.windows:
+        yield from _read_ahead(directory, schedule)
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Rows of one rank in the order of execution. Batch b has the rows edges[b] .. edges[b + 1]; windows: ranges of batches."""
+
+    table: pa.Table
+    spans: Spans
+    keys: Int64s
+    edges: list[int]
+    windows: list[range]
+
+    @classmethod
+    def of(cls, plan: pa.Table, rank: int) -> _Schedule:
+        mine = plan.filter(pc.equal(plan["rank"], rank))
+        keys = np.stack([mine[name].to_numpy().astype(np.int64) for name in ("optimizer_step", "microstep")])
+        order = np.lexsort(keys[::-1])  # stable: within a microstep the plan's order
+        keys, table = keys[:, order], mine.take(order).combine_chunks()
+        first, last = (table[name].to_numpy().astype(np.int64) for name in ("first_latent", "last_latent"))
+        spans = Spans.of(Locations.of(table), first, last)
+        changes = np.flatnonzero(np.diff(keys, axis=1).any(axis=0)) + 1
+        edges = [0, *changes.tolist(), table.num_rows] if table.num_rows else [0]
+        return cls(table, spans, keys, edges, _windows([spans[begin:end].total for begin, end in pairwise(edges)]))
+
+    def rows_of(self, window: range) -> slice:
+        return slice(self.edges[window.start], self.edges[window.stop])
+
+    def batch(self, number: int, read: list[Read]) -> Batch:
+        begin, end = self.edges[number], self.edges[number + 1]
+        table, damaged = self.table.slice(begin, end - begin), []
+        if any(isinstance(it, CorruptionError) for it in read):
+            names = table["trajectory_id"].to_pylist()
+            damaged = [(name, it) for name, it in zip(names, read, strict=True) if isinstance(it, CorruptionError)]
+            table = table.filter(pa.array([not isinstance(it, CorruptionError) for it in read]))
+        latents = [it for it in read if not isinstance(it, CorruptionError)]
+        return Batch(*self.keys[:, begin].tolist(), table, latents, damaged)
+
+
+def _windows(sizes: list[int]) -> list[range]:
+    """Consecutive batches that are read together: one, or as many as WINDOW_BYTES hold."""
+    windows: list[range] = []
+    room = 0
+    for number, size in enumerate(sizes):
+        if windows and size <= room:
+            windows[-1] = range(windows[-1].start, number + 1)
+        else:
+            windows.append(range(number, number + 1))
+            room = WINDOW_BYTES
+        room -= size
+    return windows
+
+
+def _read_ahead(directory: Directory, schedule: _Schedule) -> Iterator[Batch]:
+    largest = max(schedule.spans[schedule.rows_of(window)].total for window in schedule.windows)
+    free: SimpleQueue[NDArray[np.uint8] | None] = SimpleQueue()
+    ready: SimpleQueue[tuple[NDArray[np.uint8], list[Read]] | BaseException] = SimpleQueue()
     stopped = threading.Event()
 
     def produce() -> None:
         try:
-            for batch in _batches(directory, mine):
-                if not _put(ready, batch, stopped):
+            for window in schedule.windows:
+                buffer = free.get()
+                if buffer is None or stopped.is_set():
                     return
-            _put(ready, None, stopped)
+                ready.put((buffer, read_many(directory, schedule.spans[schedule.rows_of(window)], buffer)))
         except BaseException as error:  # handed over: a reader that dies silently would hang the trainer
-            _put(ready, error, stopped)
+            ready.put(error)
 
+    for _ in range(min(RING, len(schedule.windows))):
+        free.put(memory(largest))
     reader = threading.Thread(target=produce, name="opgrpo-stream", daemon=True)
     reader.start()
     try:
-        while (item := ready.get()) is not None:
+        for window in schedule.windows:
+            item = ready.get()
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            buffer, read = item
+            start = schedule.edges[window.start]
+            for number in window:
+                yield schedule.batch(number, read[schedule.edges[number] - start : schedule.edges[number + 1] - start])
+            free.put(buffer)
     finally:
         stopped.set()
+        free.put(None)
         reader.join()
-
-
-def _put(ready: queue.Queue[Any], item: object, stopped: threading.Event) -> bool:
-    while not stopped.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-        return True
-    return False
-
-
-def _batches(directory: Directory, plan: pa.Table) -> Iterator[Batch]:
-    rows = plan.to_pylist()
-    keys = [(row["optimizer_step"], row["microstep"]) for row in rows]
-    for key in sorted(set(keys)):
-        kept: list[dict[str, Any]] = []
-        latents: list[NDArray[Any]] = []
-        damaged: list[tuple[str, CorruptionError]] = []
-        for row in (row for row, its in zip(rows, keys, strict=True) if its == key):
-            try:
-                latents.append(read_latents(directory, LatentLocation.of(row), row["first_latent"], row["last_latent"]))
-                kept.append(row)
-            except CorruptionError as error:
-                damaged.append((row["trajectory_id"], error))
-        yield Batch(*key, kept, latents, damaged)

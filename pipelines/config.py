@@ -19,6 +19,7 @@ from opgrpo_data.io import NAME
 from opgrpo_data.plan import PlanRule, WeightRule
 from pipelines.settings import (
     EvalConfig,
+    OfflineConfig,
     PolicyConfig,
     PromptsConfig,
     ReplayConfig,
@@ -38,21 +39,22 @@ class RunConfig(Section):
 
     name: str = Field(pattern=f"^{NAME.pattern}$", max_length=64)
     seed: int = Field(0, ge=0, lt=2**63)
-    algorithm: Literal["op_grpo", "flow_grpo"] = Field("op_grpo", description="flow_grpo: the same with an empty buffer")
+    algorithm: Literal["op_grpo", "flow_grpo", "offline"] = Field(
+        "op_grpo", description="flow_grpo: the same with an empty buffer; offline: nothing is drawn, all comes from the store"
+    )
     iterations: int = Field(ge=1)
     policy: PolicyConfig = PolicyConfig()
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
     replay: ReplayConfig = ReplayConfig()
+    offline: OfflineConfig = OfflineConfig()
     reward: RewardConfig = RewardConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _make_sense(self) -> RunConfig:
-        for refusal in (*_rollout_refusals(self), *_train_refusals(self)):
-            raise ValueError(refusal)
-        for refusal in _replay_refusals(self) if self.algorithm == "op_grpo" else _on_policy_refusals(self):
+        for refusal in (*_rollout_refusals(self), *_train_refusals(self), *_REFUSALS[self.algorithm](self)):
             raise ValueError(refusal)
         return self
 
@@ -64,12 +66,22 @@ class RunConfig(Section):
         identity.get("train", {}).pop("keep_states", None)
         if self.algorithm == "flow_grpo":
             identity.pop("replay", None)
+        if self.algorithm != "offline":
+            identity.pop("offline", None)
         return {name: value for name, value in identity.items() if value != {}}
 
     @property
     def run_id(self) -> str:
         """Name and hash of `identity`."""
         return ids.run_id(self.name, self.identity)
+
+    @property
+    def judges_stored(self) -> bool:
+        """Whether the old policy judges stored trajectories that join a batch whole: how far they may be trusted, and their
+        weights. The forward objective of an offline run compares stored samples with one another, and asks for neither."""
+        if self.algorithm == "offline":
+            return self.train.objective == "clipped"
+        return self.replay.reuse_iterations > 0
 
     @property
     def eval_reward(self) -> RewardConfig:
@@ -138,6 +150,16 @@ def _train_refusals(config: RunConfig) -> Iterator[str]:
         yield f"train.step_weight lists {len(train.step_weight)} weights for {rollout.num_steps} denoising steps"
 
 
+def _offline_refusals(config: RunConfig) -> Iterator[str]:
+    if config.replay.reuse_iterations:
+        yield "replay.reuse_iterations joins past groups to those drawn now, and algorithm offline draws none: leave it at 0"
+    if config.replay.import_buffer is not None:
+        yield "replay.import_buffer fills a replay buffer, which algorithm offline has not: use `opgrpo import`, then its store"
+    if config.prompts.order == "regret":
+        yield "prompts.order regret reads the replay buffer, which algorithm offline has not: leave it at laps"
+    yield from _weight_refusals(config)
+
+
 def _on_policy_refusals(config: RunConfig) -> Iterator[str]:
     if config.replay.reuse_iterations:
         yield "replay.reuse_iterations is off-policy: set algorithm to op_grpo (and replay.members to 0 for group reuse alone)"
@@ -159,10 +181,15 @@ def _replay_refusals(config: RunConfig) -> Iterator[str]:
         )
     if replay.truncation == "adaptive" and replay.prefix_min > replay.prefix_steps:
         yield f"replay.prefix_min {replay.prefix_min} is above replay.prefix_steps {replay.prefix_steps}"
-    if replay.weight_min > replay.weight_max:
-        yield f"replay.weight_min {replay.weight_min} is above replay.weight_max {replay.weight_max}"
     if replay.decay_form == "multiplicative" and not 0 < replay.decay <= 1:
         yield f"replay.decay {replay.decay} must lie in (0, 1] when decay_form is multiplicative"
+    yield from _weight_refusals(config)
+
+
+def _weight_refusals(config: RunConfig) -> Iterator[str]:
+    replay = config.replay
+    if replay.weight_min > replay.weight_max:
+        yield f"replay.weight_min {replay.weight_min} is above replay.weight_max {replay.weight_max}"
     if replay.correction != "sequence" and (replay.weight_normalised or replay.variance_budget is not None):
         yield (
             f"replay.correction {replay.correction} has no importance weights to normalise or to damp: "
@@ -172,6 +199,9 @@ def _replay_refusals(config: RunConfig) -> Iterator[str]:
         yield "replay.correction step puts the behaviour policy into the ratio, of which train.objective forward has none"
     if replay.correction == "step" and config.train.ratio_norm:
         yield "train.ratio_norm centres the ratio on the old policy, replay.correction step on the behaviour policy: choose one"
+
+
+_REFUSALS = {"op_grpo": _replay_refusals, "flow_grpo": _on_policy_refusals, "offline": _offline_refusals}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

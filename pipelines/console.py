@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opgrpo_data.verify import Report
+
     from pipelines.experiment import Outcome
     from pipelines.loop import Result
 
@@ -25,9 +27,38 @@ OLDEST_ENTRIES = (
 )
 
 
-def show(told: dict[str, Any], as_json: bool) -> None:
-    """An object as JSON, or as a line for each of its entries."""
-    print(to_json(told) if as_json else "\n".join(f"{name}: {value}" for name, value in told.items()))
+def show(told: Any, as_json: bool) -> None:
+    """What a command tells: as JSON; else an object as a line for each entry, rows as a table, a list as lines."""
+    if as_json:
+        print(to_json(told))
+    elif isinstance(told, dict):
+        print("\n".join(f"{name}: {_line(value)}" for name, value in told.items()))
+    elif told and not isinstance(told[0], dict):
+        print("\n".join(map(str, told)))
+    else:
+        show_table(told)
+
+
+def _line(value: Any) -> str:
+    """Nested entries below one another, everything else in one line."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "".join(f"\n  {', '.join(f'{name} {part}' for name, part in row.items())}" for row in value)
+    return str(value)
+
+
+def show_report(report: Report, as_json: bool) -> None:
+    """What `verify` looked at and what it found."""
+    if as_json:
+        print(to_json(asdict(report)))
+        return
+    for finding in report.findings:
+        print(f"{finding.path}: {finding.problem}; {finding.remedy}")
+    if report.quarantined:
+        print(f"{report.quarantined} trajectories are in quarantine: their damage is known")
+    if report.unsealed:
+        print(f"{report.unsealed} files of an older format have no seal: `opgrpo migrate` writes their checksums down")
+    verdict = f"{len(report.findings)} findings" if report.findings else "nothing is wrong"
+    print(f"{report.files} files, {report.trajectories} trajectories, {report.bytes} bytes: {verdict}")
 
 
 def show_outcome(outcome: Outcome, dry_run: bool, as_json: bool) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opgrpo_data.shards import NUMPY_DTYPES
+from opgrpo_data.locations import NUMPY_DTYPES
 from pipelines.config import RunConfig
 from pipelines.policies.base import POLICIES
 from pipelines.policies.outline import UnknownModelError
@@ -28,7 +28,8 @@ def estimate(config: RunConfig, trained: int) -> dict[str, Any]:
     Raises ValueError when the policy's options are wrong; a model that nobody here knows leaves its bytes unknown.
     """
     rollout, missing = config.rollout, max(config.iterations - trained, 0)
-    trajectories = missing * rollout.prompts_per_iteration * rollout.group_size
+    drawn = 0 if config.algorithm == "offline" else rollout.prompts_per_iteration * rollout.group_size
+    trajectories = missing * drawn
     told: dict[str, Any] = {
         "run_id": config.run_id,
         "algorithm": config.algorithm,

@@ -13,13 +13,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from opgrpo_data.errors import StoreError
 from opgrpo_data.ids import canonical_json
 from opgrpo_data.io import Directory
 from opgrpo_data.store import Store, iteration_folder
 from pipelines.config import RunConfig
+from pipelines.fitting import Asked
 from pipelines.groups import prompts_of
 from pipelines.imports import import_buffer, open_source
+from pipelines.offline import fix_selection, open_filled
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt, load_prompts, thinned
 from pipelines.rewards.base import Reward, build_reward
@@ -60,11 +64,20 @@ class Experiment:
             experiment = cls.open(url, config, progress)
             experiment._check_prompts()
             return experiment
-        prompts = load_prompts(config.prompts.source)
-        prompts_of(config, _limited(prompts, config)["train"], 0, {})  # refuses too few before anything is made
+        prompts, offline = load_prompts(config.prompts.source), config.algorithm == "offline"
+        if offline:
+            open_filled(url)
+        else:
+            prompts_of(config, _limited(prompts, config)["train"], 0, {})  # refuses too few before anything is made
         source = open_source(config)
         policy = _load_policy(config)  # may fail: before anything is made, too
         experiment = cls(Store.create(url), config, progress)
+        train = _limited(prompts, config)["train"]
+        document: dict[str, Any] = {}
+        if offline:
+            asked, reward = Asked.of(policy, config.rollout), experiment.reward(config.reward)
+            trained_on = {prompt.prompt_id for prompt in train}
+            document["offline_selection"] = fix_selection(experiment.store, config, asked, reward, trained_on, progress)
         policy.prepare(experiment.store.directory, [p.text for members in _limited(prompts, config).values() for p in members])
         experiment.policy = policy
         paths = {
@@ -73,10 +86,10 @@ class Experiment:
         }
         base_id = experiment.learner(0).policy_id
         experiment.register_policy(base_id, None, iteration=0, kind="base", weights=None)
-        document = {"config": config.model_dump(mode="json"), "base_policy_id": base_id, "prompts": paths}
+        document |= {"config": config.model_dump(mode="json"), "base_policy_id": base_id, "prompts": paths}
         document["model_id"] = policy.model_id
         if source is not None:
-            reward, train = experiment.reward(config.reward), _limited(prompts, config)["train"]
+            reward = experiment.reward(config.reward)
             document["imported_buffer"] = import_buffer(source, experiment.store, config, base_id, reward, train, progress)
         experiment.store.add_run(experiment.run_id, document | {"command": sys.argv, "software": software()})
         return experiment
@@ -164,6 +177,11 @@ class Experiment:
             return f"{iteration_folder('buffers', self.run_id, iteration)}.parquet"
         imported: str | None = self.document.get("imported_buffer")
         return imported
+
+    @cached_property
+    def offline_selection(self) -> pa.Table:
+        """What an offline run trains on, as `init` fixed it (schema PLANS)."""
+        return self.store.read_tables("plans", [self.document["offline_selection"]])
 
     def _updates_path(self, iteration: int) -> str:
         return f"{iteration_folder('updates', self.run_id, iteration)}.parquet"

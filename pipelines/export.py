@@ -53,14 +53,14 @@ All settings of the run:
 """
 
 
-def export(store: Store, policy_id: str, folder: Path) -> dict[str, Any]:
-    """Write a policy into a new folder: all of it or nothing. Returns what was written.
+def export(store: Store, policy_id: str, folder: Path, *, trust_code: bool = False) -> dict[str, Any]:
+    """Write a policy into a new folder: all of it or nothing. Returns what was written. trust_code: see `restore`.
 
     Raises ValueError when the folder is there already, or the policy is of a family that is no diffusers pipeline.
     """
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder")
-    restored = restore(store, policy_id)
+    restored = restore(store, policy_id, trust_code=trust_code)
     if not isinstance(restored.policy, PipelinePolicy):
         raise ValueError(f"policy family {restored.config.family!r} is no diffusers pipeline: it cannot be exported")
     writing = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")

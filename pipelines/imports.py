@@ -14,8 +14,10 @@ import pyarrow as pa
 
 from opgrpo_data import buffer, ids
 from opgrpo_data.errors import CorruptionError, StoreError
+from opgrpo_data.locations import LatentLocation
+from opgrpo_data.reading import read_latents, read_media
 from opgrpo_data.schema import BUFFERS, REWARDS, TRAJECTORIES, table_of
-from opgrpo_data.shards import LatentLocation, Record, read_latents, read_media, write_shard
+from opgrpo_data.shards import Record, write_shard
 from opgrpo_data.store import Store, iteration_folder
 from pipelines.config import RunConfig
 from pipelines.progress import Progress
@@ -35,7 +37,7 @@ def open_source(config: RunConfig) -> Store | None:
     try:
         return Store.open(url)
     except StoreError as error:
-        raise StoreError(f"replay.import_buffer {url}: there is no store to import from ({error})") from error
+        raise StoreError(f"replay.import_buffer: there is no store to import from ({error})") from error
 
 
 def import_buffer(
@@ -53,7 +55,7 @@ def import_buffer(
     found = pa.Table.from_pylist(fitting, schema=BUFFERS)
     rule = config.buffer_rule
     chosen = buffer.select(
-        BUFFERS.empty_table(), found, source.quarantined(), run_id=config.run_id, iteration=-1, rule=rule
+        BUFFERS.empty_table(), found, source.unusable(fitting), run_id=config.run_id, iteration=-1, rule=rule
     ).to_pylist()
     held = _held(store)
     if missing := [row["trajectory_id"] for row in chosen if row["trajectory_id"] not in held]:

@@ -21,6 +21,9 @@ from pipelines.train import train
 STAGES: tuple[Callable[[Experiment, int], Outcome], ...] = (rollout, score, select, train)
 """What an iteration consists of, in order."""
 
+OFFLINE_STAGES: tuple[Callable[[Experiment, int], Outcome], ...] = (rollout, select, train)
+"""Of an offline run, whose `rollout` draws nothing: the old policy judges stored trajectories there."""
+
 GRID_PROMPTS = 10
 GRID_PICTURES = 5
 
@@ -82,12 +85,19 @@ def run(experiment: Experiment) -> Result:
 
 
 def _iterate(experiment: Experiment, iteration: int) -> None:
-    began = time.monotonic()
-    for stage in STAGES:
+    began, offline = time.monotonic(), experiment.config.algorithm == "offline"
+    for stage in OFFLINE_STAGES if offline else STAGES:
         stage(experiment, iteration)
-    rewards = experiment.store.read_tables("rewards", reward_files(experiment, iteration))
-    mean, spent = pc.mean(rewards["value"]).as_py(), time.monotonic() - began
-    experiment.progress.say(f"iteration {iteration + 1}/{experiment.config.iterations}: reward {mean:.3f}, {spent:.1f} s")
+    store = experiment.store
+    if offline:
+        updates = store.read_tables("updates", store.files("updates", run=experiment.run_id, iteration=iteration))
+        weight = pc.mean(updates["importance_weight"]).as_py()
+        told = f"{updates.num_rows} stored trajectories, mean weight {weight:.3f}"
+    else:
+        rewards = store.read_tables("rewards", reward_files(experiment, iteration))
+        told = f"reward {pc.mean(rewards['value']).as_py():.3f}"
+    spent = time.monotonic() - began
+    experiment.progress.say(f"iteration {iteration + 1}/{experiment.config.iterations}: {told}, {spent:.1f} s")
 
 
 def _due(experiment: Experiment, iteration: int) -> bool:

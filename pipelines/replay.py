@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from pipelines.groups import Entries, Member
 from pipelines.reuse import densities_path, reusable
 from pipelines.sampler import Transitions
 from pipelines.settings import ReplayConfig
-from pipelines.trajectories import Densities, Stored, evaluate, read_prefix
+from pipelines.trajectories import Densities, Stored, evaluate, read_prefixes
 
 Row = Mapping[str, Any]
 
@@ -37,11 +38,11 @@ class Replayed:
 
 
 def buffer_entries(experiment: Experiment, iteration: int) -> Entries:
-    """The buffer that `iteration` replays; empty at the start, and for flow_grpo.
+    """The buffer that `iteration` replays; empty at the start, and for every algorithm but op_grpo.
 
     Entries put in quarantine since are still in it: which prompts an iteration visits must not change while it is drawn.
     """
-    if experiment.config.algorithm == "flow_grpo":
+    if experiment.config.algorithm != "op_grpo":
         return {}
     path = experiment.buffer_path(iteration - 1)
     if path is None:
@@ -60,13 +61,14 @@ def buffer_entries(experiment: Experiment, iteration: int) -> Entries:
 def admit(experiment: Experiment, members: Sequence[Member], grid: Transitions) -> list[Replayed]:
     """The members that continue a stored prefix, each cut to the prefix it keeps (docs/maths.md, sections 3 and 5).
 
-    A damaged parent is quarantined, and one below the floor of `replay.admission` is passed over: their places are drawn fresh.
+    A damaged parent is quarantined; one whose bytes were dropped, or that is below the floor of `replay.admission`, is passed
+    over. Their places are drawn fresh.
     """
     replay = experiment.config.replay
     longest = grid.num_steps if replay.truncation == "none" else replay.prefix_steps
-    damaged = experiment.store.quarantined()
     parents = [(member, member.parent) for member in members if member.parent is not None]
-    asked = [(member, parent) for member, parent in parents if parent["trajectory_id"] not in damaged]
+    unusable = experiment.store.unusable(parent for _, parent in parents)
+    asked = [(member, parent) for member, parent in parents if parent["trajectory_id"] not in unusable]
     admitted = []
     for (member, _), states, logprob, variance in _judged(experiment, asked, longest, grid):
         kept = prefix_length(variance.tolist(), replay)
@@ -106,10 +108,8 @@ def _judged(
     experiment: Experiment, asked: Sequence[tuple[Any, Row]], longest: int, grid: Transitions
 ) -> Iterator[tuple[tuple[Any, Row], Tensor, Tensor, Tensor]]:
     """The old policy on stored trajectories: (what was asked, states, log-prob, path variance) of each that is whole."""
-    readable = [(it, states) for it in asked if (states := _read(experiment, it[1], longest, grid)) is not None]
-    size = experiment.config.rollout.batch_size
-    for start in range(0, len(readable), size):
-        batch = readable[start : start + size]
+    whole = _whole(experiment, asked, longest, grid)
+    while batch := list(islice(whole, experiment.config.rollout.batch_size)):
         rows = [row for (_, row), _ in batch]
         states = torch.stack([found for _, found in batch]).to(experiment.policy.device)
         texts = [experiment.prompt_of[row["prompt_id"]].text for row in rows]
@@ -118,27 +118,39 @@ def _judged(
             yield it, states[index], densities.logprob[index], densities.path_variance[index]
 
 
-def _read(experiment: Experiment, row: Row, longest: int, grid: Transitions) -> Tensor | None:
-    """States of a stored trajectory; None, and the trajectory in quarantine, when its bytes are damaged."""
-    try:
-        states = read_prefix(experiment.store.directory, row, longest)
-    except CorruptionError as error:
-        experiment.store.quarantine(row["trajectory_id"], error)
-        experiment.progress.warn(f"{error}; quarantined and not replayed")
-        return None
+def _whole(
+    experiment: Experiment, asked: Sequence[tuple[Any, Row]], longest: int, grid: Transitions
+) -> Iterator[tuple[tuple[Any, Row], Tensor]]:
+    """What was asked and its states, of each trajectory whose bytes are whole; the others go into quarantine.
+
+    A batch of trajectories is read at once; memory: as many bytes as the largest of these batches has.
+    """
+    size = experiment.config.rollout.batch_size
+    for start in range(0, len(asked), size):
+        batch = asked[start : start + size]
+        found = read_prefixes(experiment.store.directory, [row for _, row in batch], longest)
+        for it, states in zip(batch, found, strict=True):
+            if isinstance(states, CorruptionError):
+                experiment.store.quarantine(it[1]["trajectory_id"], states)
+                experiment.progress.warn(f"{states}; quarantined and not replayed")
+            else:
+                _check_fits(experiment, it[1], states, grid)
+                yield it, states
+
+
+def _check_fits(experiment: Experiment, row: Row, states: Tensor, grid: Transitions) -> None:
     shape = experiment.policy.latent_shape
     if tuple(states.shape[1:]) != shape or list(grid.sigmas) != row["sigmas"]:
         raise StoreError(
             f"trajectory {row['trajectory_id']} has latents {tuple(states.shape[1:])} on another sigma grid or of another "
             f"shape than this policy's {shape}: it cannot be replayed"
         )
-    return states
 
 
 def judge_reused(experiment: Experiment, iteration: int, grid: Transitions) -> int:
-    """Write the old policy's densities of reusable trajectories, unless they are there; returns how many were judged."""
+    """Write the old policy's densities of trajectories that join whole, unless they are there; returns how many were judged."""
     path = densities_path(experiment, iteration)
-    if not experiment.config.replay.reuse_iterations or experiment.store.directory.exists(path):
+    if not experiment.config.judges_stored or experiment.store.directory.exists(path):
         return 0
     window = experiment.config.train.window or grid.num_steps
     asked = [(None, row) for row in reusable(experiment, iteration)]

@@ -29,16 +29,22 @@ class Restored:
     config: PolicyConfig
 
 
-def restore(store: Store, policy_id: str) -> Restored:
+def restore(store: Store, policy_id: str, *, trust_code: bool = False) -> Restored:
     """Build the model of a policy and give it the policy's weights. policy_id: the id, or the beginning of it, or `last`, the
     average that was stored last: the policy that the latest run has come to.
 
+    trust_code: also where the store names Python code from outside opgrpo, which would run: a store may come from anyone.
     Raises StoreError when the store has no such policy, several, or not its weights; ValueError when the model cannot be
     loaded, or is not the one that the policy was trained on.
     """
     document = _document(store, policy_id)
     run = next(store.documents(f"runs/{checked_name(document['run_id'], 'run_id')}.json"))
     config = PolicyConfig.model_validate(run["config"]["policy"])
+    if config.family not in POLICIES.known and not trust_code:
+        raise StoreError(
+            f"policy {document['policy_id']} is built by {config.family!r}, Python code that is not opgrpo's: to run it, add "
+            f"--trust-code, if you trust whoever wrote this store"
+        )
     # The device is this machine's affair, not the run's.
     options = {name: value for name, value in config.options.items() if name != "device"}
     policy: Policy = POLICIES.build(config.family, model=config.model, **options)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from pipelines.rewards.base import build_reward
 
 
-def serve(name: str, options: str, host: str, port: int, token_variable: str | None) -> None:
+def serve(name: str, options: Mapping[str, Any], host: str, port: int, token_variable: str | None) -> None:
     """Build a reward and serve it until stopped.
 
-    options: a JSON object, for the reward's factory. token_variable: the environment variable with the token that clients
+    options: for the reward's factory. token_variable: the environment variable with the token that clients
     must send. Raises ValueError when the reward cannot be built, the token is not set, or other machines could ask without
     one.
     """
@@ -25,18 +26,8 @@ def serve(name: str, options: str, host: str, port: int, token_variable: str | N
         from pipelines.reward_app import Limits, create_app
     except ImportError as error:
         raise ValueError(f'serving a reward needs {error.name}: pip install "opgrpo[serve]"') from error
-    reward = build_reward(name, _options(options))
+    reward = build_reward(name, options)
     uvicorn.run(create_app(reward, token, Limits()), host=host, port=port, access_log=False, server_header=False)
-
-
-def _options(text: str) -> dict[str, object]:
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--options is not JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"--options must be a JSON object, got {text!r}")
-    return options
 
 
 def _token(variable: str | None) -> str | None:

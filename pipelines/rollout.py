@@ -19,12 +19,14 @@ from pipelines.trajectories import draw_continuations, draw_fresh, records
 def rollout(experiment: Experiment, iteration: int, dry_run: bool = False) -> Outcome:
     """Write the shards that this iteration lacks: the policy at its start, on its prompts, replaying the last buffer.
 
-    With group reuse it also judges the trajectories that come back whole, since that takes the same policy.
+    With group reuse it also judges the trajectories that come back whole, since that takes the same policy. An offline run
+    draws nothing, and judges only.
     """
     store, config = experiment.store, experiment.config
     folder = iteration_folder("trajectories", experiment.run_id, iteration)
     buffer = replay.buffer_entries(experiment, iteration)
-    tasks = shard_tasks(config, experiment.run_id, experiment.prompts["train"], iteration, buffer)
+    drawing = config.algorithm != "offline"
+    tasks = shard_tasks(config, experiment.run_id, experiment.prompts["train"], iteration, buffer) if drawing else []
     committed = set(store.files("trajectories", run=experiment.run_id, iteration=iteration))
     missing = [task for task in tasks if f"{folder}/{task.shard}.parquet" not in committed]
     detail = {
@@ -36,7 +38,7 @@ def rollout(experiment: Experiment, iteration: int, dry_run: bool = False) -> Ou
             policy_id = experiment.learner(iteration).policy_id
             for task in experiment.progress.bar(missing, f"rollout {iteration}"):
                 write_shard(store.directory, folder, task.shard, _draw_shard(experiment, task, iteration, policy_id))
-        if config.replay.reuse_iterations:
+        if config.judges_stored:
             detail["reused"] = replay.judge_reused(experiment, iteration, _grid(experiment))
     return Outcome("rollout", iteration, len(missing), len(tasks) - len(missing), detail)
 

@@ -14,13 +14,22 @@ from pipelines.restore import restore
 
 
 def sample(
-    store: Store, policy_id: str, prompts: Sequence[str], folder: Path, *, count: int, num_steps: int, seed: int
+    store: Store,
+    policy_id: str,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    count: int,
+    num_steps: int,
+    seed: int,
+    trust_code: bool = False,
 ) -> list[Path]:
     """Draw `count` samples of each prompt and write them as <prompt>-<sample>.png or .mp4; returns their paths.
 
-    The noise of a sample depends on the seed, its prompt and its number alone: two policies can be compared.
+    The noise of a sample depends on the seed, its prompt and its number alone: two policies can be compared. trust_code: see
+    `restore`.
     """
-    policy = restore(store, policy_id).policy
+    policy = restore(store, policy_id, trust_code=trust_code).policy
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and is no empty folder: choose another one")
     folder.mkdir(parents=True, exist_ok=True)

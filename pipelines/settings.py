@@ -139,6 +139,23 @@ class ForwardConfig(Section):
     advantage_scale: float = Field(2.0, gt=0, description="an advantage of this size counts as certainly good")
 
 
+class OfflineConfig(Section):
+    """What an offline run trains on (algorithm offline only): stored trajectories that fit, chosen once, when it begins."""
+
+    selection: str | None = Field(
+        None, description="one SELECT of trajectory_id over `entries`, the trajectories that fit; None: all of them"
+    )
+
+    @field_validator("selection")
+    @classmethod
+    def _one_select(cls, selection: str | None) -> str | None:
+        if selection in SELECTIONS:
+            raise ValueError(f"{selection} is a rule of the replay buffer; give SQL, one SELECT over the table entries")
+        if selection is not None:
+            check_selection(selection, "offline.selection")
+        return selection
+
+
 class TrainConfig(Section):
     """How the policy is updated."""
 

@@ -43,7 +43,10 @@ def train(experiment: Experiment, iteration: int, dry_run: bool = False) -> Outc
         return Outcome("train", iteration, 1, 0, {"trajectories": plan.num_rows})
     learner = experiment.learner(iteration)
     old_id = learner.policy_id
-    if experiment.config.train.ratio_norm or experiment.config.train.objective == "forward":
+    if experiment.config.algorithm == "offline" and experiment.config.train.objective == "forward":
+        # The samples stay the same: contrasted anew with each new policy, they would push it on and on (docs/maths.md, 8).
+        learner.old = dict(learner.reference)
+    elif experiment.config.train.ratio_norm or experiment.config.train.objective == "forward":
         learner.remember_old()
     learner.iteration = None  # until the new state is whole
     updates = _run_plan(experiment, learner, plan)

@@ -14,8 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opgrpo_data.errors import CorruptionError
 from opgrpo_data.io import Directory
-from opgrpo_data.shards import LatentLocation, Record, read_latents
+from opgrpo_data.locations import Locations, Spans
+from opgrpo_data.reading import read_many
+from opgrpo_data.shards import Record
 from pipelines import media, sampler
 from pipelines.groups import Member
 from pipelines.policies.base import Policy
@@ -135,10 +138,22 @@ def evaluate(policy: Policy, stored: Stored, grid: Transitions) -> Densities:
     return Densities(logprob, variance)
 
 
+def read_prefixes(directory: Directory, rows: Sequence[Mapping[str, Any]], prefix_steps: int) -> list[Tensor | CorruptionError]:
+    """Latents x_0..x_K of each buffer entry or plan row, (K+1, *latent_shape) float32; or how its bytes are damaged."""
+    last = np.full(len(rows), prefix_steps)
+    read = read_many(directory, Spans.of(Locations.of_rows(rows), np.zeros_like(last), last))
+    return [
+        it if isinstance(it, CorruptionError) else to_tensor(it, row["latent_dtype"])
+        for it, row in zip(read, rows, strict=True)
+    ]
+
+
 def read_prefix(directory: Directory, row: Mapping[str, Any], prefix_steps: int) -> Tensor:
-    """Latents x_0..x_K of a buffer entry or plan row, (K+1, *latent_shape) float32. Raises CorruptionError."""
-    location = LatentLocation.of(row)
-    return to_tensor(read_latents(directory, location, 0, prefix_steps), location.dtype)
+    """As read_prefixes, of one row. Raises CorruptionError."""
+    [states] = read_prefixes(directory, [row], prefix_steps)
+    if isinstance(states, CorruptionError):
+        raise states
+    return states
 
 
 def to_tensor(latents: NDArray[Any], dtype: str) -> Tensor:

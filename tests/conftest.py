@@ -12,6 +12,9 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from tests.integration.harness import opgrpo_json
+from tests.s3 import moto_endpoint, proxy, s3, s3_server
+
+__all__ = ["config", "finished", "moto_endpoint", "proxy", "s3", "s3_server"]
 
 SMALL = """
 name: small

@@ -17,7 +17,7 @@ import yaml
 
 from opgrpo_data import schema
 from pipelines.config import build_config
-from tests.integration.harness import environment, opgrpo
+from tests.integration.harness import Running, environment, opgrpo
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -83,14 +83,19 @@ def test_every_command_shown_runs(
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # benchmarks are not installed
     monkeypatch.chdir(tmp_path)
     for command in commands(page):
         words = shlex.split(command)
-        if words[0] != "opgrpo":
-            done = subprocess.run(runnable(words), env=environment(), capture_output=True, text=True, timeout=240)
+        if words[0] == "make":
+            done = subprocess.run(make(words), env=environment(), capture_output=True, text=True, timeout=240)
             assert done.returncode == 0, f"{command}\n{done.stderr}"
+        elif words[0] == "python":
+            module = words[2]
+            quick = ["--iterations=1"] if "--quick" in words else SHORTER_MODULES.get(module, [])
+            ended = Running(*words[3:], *quick, module=module).wait()
+            assert ended.returncode == 0, f"{command}\n{ended.stderr}"
         else:
+            assert words[0] == "opgrpo", f"the pages show a command that the tests do not know how to run: {words}"
             shorter = SHORTER if words[1] in ("run", "quickstart") and "--dry-run" not in words else []
             opgrpo(*words[1:], *shorter)
 
@@ -102,15 +107,8 @@ def test_configs_in_the_readme_are_valid() -> None:
         build_config(yaml.safe_load(block), "README.md")
 
 
-def runnable(words: list[str]) -> list[str]:
-    """A make target in an environment that is installed already, or a module of ours, by this interpreter.
-
-    `make test` is only read: we are running inside it.
-    """
-    if words[0] == "python":
-        quick = ["--iterations=1"] if "--quick" in words else SHORTER_MODULES.get(words[2], [])
-        return [sys.executable, *words[1:], *quick]
-    assert words[0] == "make", f"the pages show a command that the tests do not know how to run: {words}"
+def make(words: list[str]) -> list[str]:
+    """A make target in an environment that is installed already. `make test` is only read: we are running inside it."""
     if words[1] == "test":
         return [*words, "--dry-run"]
     options = " ".join(SHORTER)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from benchmarks.steps_to_target.tasks import TASKS, search_prompts
 from pipelines.config import build_config
 from pipelines.embedded import scenes
 from pipelines.prompts import load_prompts, thinned
-from tests.integration.harness import environment
+from tests.integration.harness import Running
 
 
 def arm(*rewards: list[float]) -> ArmCurves:
@@ -151,8 +149,8 @@ def test_runs_are_added_once_and_failures_named(tmp_path: Path, capsys: pytest.C
 
 
 def test_summary_prints_one_object_from_the_committed_results() -> None:
-    command = [sys.executable, "-m", "benchmarks.steps_to_target", "--summary", "--json"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=True)
+    done = Running("--summary", "--json", module="benchmarks.steps_to_target").wait()
+    assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert "compositional" in told
     for arms in told.values():

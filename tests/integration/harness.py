@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
 
 from cli import app
+
+# A fresh interpreter takes seconds to import torch and diffusers, and the tests start hundreds of commands: these are forked,
+# each a process of its own, from one that has imported them.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.integration.warm"])
 
 
 @dataclass(frozen=True)
@@ -24,13 +33,46 @@ class Done:
     stderr: str
 
 
+class Running:
+    """A command, or another module of ours run as a script, in a process of its own."""
+
+    def __init__(self, *arguments: str | Path, module: str = "cli") -> None:
+        self._said = tempfile.TemporaryDirectory()
+        words = [str(argument) for argument in arguments]
+        where = (self._said.name, str(Path.cwd()), environment())
+        self.process: BaseProcess = _FORKS.Process(target=_command, args=(module, words, *where))
+        self.process.start()
+
+    def wait(self) -> Done:
+        """Until it ends, or four minutes, which is an error."""
+        self.process.join(240)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError("the command did not end")
+        said = [Path(self._said.name, name).read_text() for name in ("1", "2")]
+        self._said.cleanup()
+        return Done(self.process.exitcode, *said)
+
+
+def _command(module: str, words: list[str], output: str, folder: str, environment: dict[str, str]) -> None:
+    for descriptor in (1, 2):
+        os.dup2(os.open(f"{output}/{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
 def opgrpo(*arguments: str | Path, check: bool = True, process: bool = False, **options: Any) -> Done:
-    """Run the command line; `process` and every option of subprocess.run ask for a process of its own.
+    """Run the command line. `process` asks for a process of its own, every option of subprocess.run for a fresh interpreter.
 
     With `check`, a failure shows what it said.
     """
     words = [str(argument) for argument in arguments]
-    if process or options:
+    if process and not options:
+        done = Running(*words).wait()
+    elif options:
         command = [sys.executable, "-m", "cli", *words]
         ended = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240, **options)
         done = Done(ended.returncode, ended.stdout, ended.stderr)

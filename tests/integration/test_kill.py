@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from opgrpo_data.catalog import Catalog
-from opgrpo_data.shards import LatentLocation, read_latents, read_media
+from opgrpo_data.locations import LatentLocation
+from opgrpo_data.reading import read_latents, read_media
 from opgrpo_data.store import Store
-from tests.integration.harness import environment, opgrpo_json
+from tests.integration.harness import Running, opgrpo_json
 
 # The file whose appearance means that a stage has just begun or is half-way; each is waited for in turn, then SIGKILL.
 MARKS = {
@@ -30,7 +29,7 @@ MARKS = {
 }
 
 
-def run_until(mark: str, command: list[str], store: Path) -> bool:
+def run_until(mark: str, command: list[str | Path], store: Path) -> bool:
     """Start the run, kill it as soon as the mark is there.
 
     False when the mark was there before (the last kill came late: killing now would only hit the start-up, and prove
@@ -38,11 +37,11 @@ def run_until(mark: str, command: list[str], store: Path) -> bool:
     """
     if any(store.glob(mark)):
         return False
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
+    running = Running(*command)
+    while running.process.is_alive():
         if any(store.glob(mark)):
-            process.kill()
-            process.wait()
+            running.process.kill()
+            running.wait()
             return True
         time.sleep(0.002)
     return False
@@ -61,7 +60,7 @@ def check_committed(store: Path) -> int:
 
 def test_killed_in_every_stage(finished: tuple[Path, dict[str, Any]], config: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    command = [sys.executable, "-m", "cli", "run", str(config), "--store", str(store)]
+    command: list[str | Path] = ["run", config, "--store", store]
     killed = [name for name, mark in MARKS.items() if run_until(mark, command, store)]
     # A slow look at the store can miss a mark or two, never a whole stage.
     assert len(killed) >= len(MARKS) - 2, f"too few kills hit: {killed}"

@@ -6,8 +6,6 @@ import io
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from opgrpo_data.store import Store
-from tests.integration.harness import environment, opgrpo, opgrpo_json
+from tests.integration.harness import Running, opgrpo, opgrpo_json
 
 Finished = tuple[Path, dict[str, Any]]
 LEARNING_CURVE = (
@@ -169,13 +167,10 @@ def test_the_commands_to_go_on_with_can_be_pasted(config: Path, tmp_path: Path) 
 
 def test_two_processes_on_one_run_end_at_one_policy(finished: Finished, config: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    command = [sys.executable, "-m", "cli", "run", str(config), "--store", str(store), "--json"]
-    both = [subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    results = []
-    for process in both:
-        said, complained = process.communicate(timeout=240)
-        assert process.returncode == 0, complained.decode()
-        results.append(json.loads(said))
+    both = [Running("run", config, "--store", store, "--json") for _ in range(2)]
+    ended = [running.wait() for running in both]
+    assert [done.returncode for done in ended] == [0, 0], [done.stderr for done in ended]
+    results = [json.loads(done.stdout) for done in ended]
     assert {result["policy_id"] for result in results} == {finished[1]["policy_id"]}
     for table in ("trajectories", "rewards", "plans"):
         assert opgrpo_json("sql", "--store", store, f"SELECT count(*) AS n FROM {table}") == [{"n": 16}]

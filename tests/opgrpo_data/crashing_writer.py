@@ -15,8 +15,6 @@ import signal
 import sys
 from typing import Any
 
-import webdataset.writer  # noqa: F401  so that forked writers have it already
-
 from opgrpo_data.io import Directory
 from opgrpo_data.shards import write_shard
 from tests.opgrpo_data.factories import folder, records

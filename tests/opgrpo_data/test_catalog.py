@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from opgrpo_data import buffer
+from opgrpo_data import buffer, compaction
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.schema import DENSITIES, EVALS, POLICIES, REWARDS, RUNS, UPDATES, table_of
@@ -20,6 +23,7 @@ from tests.opgrpo_data.factories import (
     buffer_rule,
     folder,
     no_buffer,
+    overwrite,
     plan,
     plan_rule,
     records,
@@ -51,8 +55,8 @@ LEARNING_CURVE = (
 )
 
 
-def fill(store: Store) -> Store:
-    """Two iterations of one run: 3 + 2 trajectories, one that no reward could judge, one damaged."""
+def fill(store: Store, between: Callable[[], object] = lambda: None) -> Store:
+    """Two iterations of one run: 3 + 2 trajectories, one that no reward could judge, one damaged. `between` them: a call."""
     store.add_prompts([{"text": "a red square", "metadata": {"kind": "single"}}], "train")
     store.add_run(RUN, {"config": {"name": "run", "seed": 7}, "command": ["opgrpo", "run"], "software": {"torch": "2"}})
     store.add_policy("policy-0", {"family": "sd3", "kind": "base", "has_weights": False, "parameters": 10}, None)
@@ -77,6 +81,8 @@ def fill(store: Store) -> Store:
         store.publish_table(f"{iteration_folder('buffers', RUN, iteration)}.parquet", snapshot)
         planned = plan(rows, good, plan_rule(), iteration=iteration)
         store.publish_table(f"{iteration_folder('plans', RUN, iteration)}.parquet", planned)
+        if iteration == 0:
+            between()
     update = {
         "run_id": RUN,
         "iteration": 0,
@@ -350,3 +356,124 @@ def test_a_missing_column_reads_as_null(tmp_path: Path) -> None:
     store.publish_table("rewards/reward=a/run=r/iter=000000/1.parquet", older)
     found = rows(Catalog(store), "SELECT trajectory_id, value, version FROM rewards ORDER BY 1")
     assert [tuple(row.values()) for row in found] == [("t0", 1.0, "1"), ("t1", 2.0, None)]
+
+
+# -- generations ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["store", "a*[store]", "memory"])
+def merged(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A filled store of which one iteration is in generations and the other came later."""
+    monkeypatch.setattr(compaction, "MANY_FILES", 1)
+    place = f"memory://{request.node.name}" if request.param == "memory" else str(tmp_path / request.param)
+    store = Store.create(place)
+    fill(store, lambda: compaction.compact(store))
+    assert len(store.directory.list("catalog/*/gen-000001.json")) == 4
+    return store
+
+
+def test_views_show_generations_and_what_came_after_them(merged: Store, catalog: Catalog) -> None:
+    found = Catalog(merged)
+    for view in VIEWS - {"policies", "runs", "quarantine"}:  # those tell when they were made
+        told = [rows(each, f"SELECT * FROM {view} ORDER BY ALL") for each in (found, catalog)]
+        for row in (row for each in told for row in each):
+            for attempt in ("latents_file", "media_file"):
+                row.pop(attempt, None)
+        assert told[0] == told[1], view
+    for view in VIEWS:
+        types = [rows(each, f"SELECT column_name, column_type FROM (DESCRIBE {view})") for each in (found, catalog)]
+        assert types[0] == types[1]
+    assert rows(found, LEARNING_CURVE) == rows(catalog, LEARNING_CURVE)
+    self_join = "SELECT count(*) AS n FROM trajectories a JOIN trajectories b USING (trajectory_id)"
+    assert rows(found, self_join) == [{"n": 5}]
+
+
+def test_a_generation_is_out_of_reach_of_other_functions(merged: Store) -> None:
+    found = Catalog(merged)
+    for path in merged.directory.list("catalog/*/*"):
+        for function in ("read_parquet", "read_text", "read_blob"):
+            with pytest.raises(StoreError, match=r"Permission Error: Cannot access|No files found"):
+                found.query(f"SELECT * FROM {function}('{merged.directory.path(path)}')")
+
+
+def test_damage_in_a_generation_does_not_reach_the_answer(merged: Store, catalog: Catalog) -> None:
+    [path] = merged.directory.list("catalog/trajectories/*.parquet")
+    data = merged.directory.read(path)
+    group = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
+    column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "trajectory_id")
+    at = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 3
+    found = Catalog(merged)
+    overwrite(merged.directory, path, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    names = "SELECT trajectory_id FROM trajectories ORDER BY 1"
+    for each in (found, Catalog(merged)):
+        with pytest.warns(UserWarning, match=r"gen-000001\.json is passed over \(.*checksum.*\)"):
+            assert rows(each, names) == rows(catalog, names)
+        assert rows(each, LEARNING_CURVE) == rows(catalog, LEARNING_CURVE)
+    overwrite(merged.directory, path, data[:-1])
+    with pytest.warns(UserWarning, match="has another size or footer"):
+        assert rows(Catalog(merged), names) == rows(catalog, names)
+
+
+def test_a_damaged_index_of_an_object_store_is_named(tmp_path: Path) -> None:
+    store = Store.create("memory://catalog-damaged")
+    write_shard(store.directory, folder(), "00000", records(1))
+    path = f"{folder()}/00000.parquet"
+    overwrite(store.directory, path, store.directory.read(path)[:-1])
+    found = Catalog(store)
+    assert rows(found, "SELECT * FROM rewards") == []
+    with pytest.raises(StoreError, match=rf"{path} is damaged"):
+        found.query("SELECT * FROM trajectories")
+
+
+# -- allow_external ------------------------------------------------------------------------------------------------------
+
+
+def test_other_files_can_be_read_when_that_is_asked_for(filled: Store, tmp_path: Path) -> None:
+    found = Catalog(filled, allow_external=True)
+    other = tmp_path / "labels.csv"
+    other.write_text("trajectory_id,label\ni0-0,good\ni0-1,bad\n")
+    labelled = f"SELECT label, value FROM rewards JOIN read_csv('{other}') USING (trajectory_id) ORDER BY 1"
+    assert rows(found, labelled) == [{"label": "bad", "value": 0.5}, {"label": "good", "value": 0.25}]
+    assert rows(found, LEARNING_CURVE) == rows(Catalog(filled), LEARNING_CURVE)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "COPY prompts TO '{out}'",
+        "EXPORT DATABASE '{out}'",
+        "ATTACH '{out}'",
+        "INSERT INTO prompts VALUES ('p', 't', '{{}}', 'train')",
+        "CREATE TABLE mine (i INT)",
+        "INSTALL httpfs",
+        "LOAD httpfs",
+        "SET autoinstall_known_extensions = true",
+        "CREATE SECRET s (TYPE s3)",
+        "PRAGMA enable_profiling='json'",
+        "CALL enable_logging(storage = 'file', storage_path = '{out}')",
+        "SELECT * FROM enable_logging(storage = 'file', storage_path = '{out}')",
+        "SELECT * FROM enable_profiling('json', save_location = '{out}')",
+        "SELECT * FROM query('COPY prompts TO ''{out}''')",
+        "SELECT * FROM json_execute_serialized_sql(json_serialize_sql('COPY (SELECT 1) TO ''{out}'''))",
+        "SELECT * FROM sqlite_attach('{out}')",
+        "SELECT * FROM read_duckdb('{out}')",
+        "SELECT 1; COPY prompts TO '{out}'",
+        "EXPLAIN ANALYZE COPY prompts TO '{out}'",
+        "WITH w AS (INSERT INTO prompts VALUES ('p', 't', '{{}}', 'train') RETURNING *) FROM w",
+    ],
+)
+def test_external_access_writes_nothing_either(sql: str, filled: Store, tmp_path: Path) -> None:
+    found = Catalog(filled, allow_external=True)
+    out = tmp_path / "out"
+    before = sorted(map(str, Path(filled.directory.root).rglob("*")))
+    with pytest.raises(StoreError):
+        found.query(sql.format(out=out))
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(map(str, Path(filled.directory.root).rglob("*"))) == before
+
+
+def test_python_objects_are_no_tables_with_external_access_either(filled: Store) -> None:
+    secrets = rewards({"t": 1.0})
+    assert secrets.num_rows == 1
+    with pytest.raises(StoreError, match="Table with name secrets does not exist"):
+        Catalog(filled, allow_external=True).query("SELECT * FROM secrets")

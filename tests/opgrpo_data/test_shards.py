@@ -14,7 +14,7 @@ import tarfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +26,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from opgrpo_data.errors import CorruptionError, StoreError
+from opgrpo_data.files import Range
 from opgrpo_data.io import Directory
-from opgrpo_data.shards import LatentLocation, Record, read_latents, read_media, write_shard
+from opgrpo_data.locations import LatentLocation
+from opgrpo_data.reading import read_latents, read_media
+from opgrpo_data.seal import read_json
+from opgrpo_data.shards import Record, write_shard
 from opgrpo_data.store import Store
 from tests.opgrpo_data.factories import NUMPY, folder, overwrite, random_latents, record, records, shard_rows
 
@@ -115,7 +119,7 @@ def test_plain_tools_agree_with_the_index(written: list[Record], tmp_path_factor
     for sample, given_record in zip(plain_samples(place, rows[0], "media"), written, strict=True):
         assert sample["__key__"] == given_record.row["trajectory_id"]
         assert sample[given_record.media_format] == given_record.media
-        note = json.loads(sample["json"])
+        note = read_json(sample["json"])
         assert note == {**given_record.note, "trajectory_id": given_record.row["trajectory_id"]}
 
 
@@ -152,9 +156,9 @@ class Counting(Directory):
         super().__init__(url)
         self.asked: list[tuple[int, int]] = []
 
-    def read_range(self, relative: str, offset: int, length: int) -> bytes:
-        self.asked.append((offset, length))
-        return super().read_range(relative, offset, length)
+    def read_ranges(self, ranges: Sequence[Range], into: memoryview) -> Sequence[int]:
+        self.asked += [(wanted.offset, wanted.length) for wanted in ranges]
+        return super().read_ranges(ranges, into)
 
 
 def test_a_prefix_costs_a_prefix(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pytest
@@ -13,16 +16,42 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opgrpo_data.errors import StoreError
+from opgrpo_data.files import Range
 from opgrpo_data.io import Directory
+from opgrpo_data.locations import LatentLocation
+from opgrpo_data.reading import read_latents
 from opgrpo_data.schema import PLANS, table_of
-from opgrpo_data.shards import LatentLocation, read_latents, write_shard
+from opgrpo_data.shards import write_shard
 from opgrpo_data.store import Store
-from opgrpo_data.stream import PREFETCHED_BATCHES, Batch, stream
+from opgrpo_data.stream import RING, Batch, stream
 from tests.opgrpo_data import factories
 from tests.opgrpo_data.factories import folder, plan_rule, records, rewards, shard_rows, trajectories
 
 COUNT, STEPS = 12, 4
 TWO_LATENTS = st.tuples(st.integers(0, STEPS), st.integers(0, STEPS))
+
+
+def kept(batches: Iterable[Batch]) -> list[Batch]:
+    """All batches, with latents of their own: a stream's lie in buffers that are used again."""
+    return [replace(batch, latents=[latents.copy() for latents in batch.latents]) for batch in batches]
+
+
+class Counting(Directory):
+    """Counts the bytes of each range that is asked for."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.asked: list[int] = []
+
+    def read_ranges(self, ranges: Sequence[Range], into: memoryview) -> Sequence[int]:
+        self.asked += [wanted.length for wanted in ranges]
+        return super().read_ranges(ranges, into)
+
+
+@pytest.fixture(params=[1, 2**24], ids=["a batch a buffer", "many batches a buffer"])
+def windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that are read together: less than any batch, and more than any plan here."""
+    monkeypatch.setattr("opgrpo_data.stream.WINDOW_BYTES", request.param)
 
 
 def readers() -> list[threading.Thread]:
@@ -55,9 +84,10 @@ def agrees(batch: Batch, rows: list[dict[str, Any]], directory: Directory) -> bo
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.usefixtures("windows")
 def test_batches_are_the_plan_in_its_order(store: Store, window: int | None) -> None:
     plan = plan_for(store, window=window)
-    batches = list(stream(store.directory, plan))
+    batches = kept(stream(store.directory, plan))
     assert [(batch.optimizer_step, batch.microstep) for batch in batches] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [row for batch in batches for row in batch.rows] == plan.to_pylist()
     assert [len(batch.rows) for batch in batches] == [4, 2, 4, 2]
@@ -68,7 +98,7 @@ def test_batches_are_the_plan_in_its_order(store: Store, window: int | None) -> 
         assert {latents.shape for latents in batch.latents} == {((window or STEPS) + 1, 2, 2, 2)}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_plan_streams_as_its_rows_grouped(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Rows in any order, ranks mixed, latents from any to any: each rank gets its own rows, grouped and in order."""
@@ -87,7 +117,8 @@ def test_any_plan_streams_as_its_rows_grouped(data: st.DataObject, tmp_path_fact
         for row in base
     ]
     for rank in (0, 1, 2):
-        batches = list(stream(store.directory, table_of(rows, PLANS), rank))
+        with patch("opgrpo_data.stream.WINDOW_BYTES", data.draw(st.sampled_from([1, 300, 10**6]))):
+            batches = kept(stream(store.directory, table_of(rows, PLANS), rank))
         mine = [row for row in rows if row["rank"] == rank]
         keys = sorted({(row["optimizer_step"], row["microstep"]) for row in mine})
         assert [(batch.optimizer_step, batch.microstep) for batch in batches] == keys
@@ -104,15 +135,9 @@ def test_an_empty_plan_has_no_batches(store: Store) -> None:
 
 def test_only_the_bytes_that_training_needs_are_read(store: Store) -> None:
     plan = plan_for(store, window=2)
-    asked: list[int] = []
-
-    class Counting(Directory):
-        def read_range(self, relative: str, offset: int, length: int) -> bytes:
-            asked.append(length)
-            return super().read_range(relative, offset, length)
-
-    list(stream(Counting(store.directory.url), plan))
-    assert asked == [3 * 2 * 2 * 2 * 4] * COUNT  # x_0, x_1 and the successor x_2
+    counting = Counting(store.directory.url)
+    list(stream(counting, plan))
+    assert counting.asked == [3 * 2 * 2 * 2 * 4] * COUNT  # x_0, x_1 and the successor x_2
 
 
 def damage(store: Store, trajectory_id: str, latent: int) -> None:
@@ -125,11 +150,12 @@ def damage(store: Store, trajectory_id: str, latent: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.usefixtures("windows")
 def test_damaged_rows_are_reported_and_left_out_and_the_others_stay(store: Store) -> None:
     for trajectory_id, latent in (("t3", 0), ("t9", STEPS)):
         damage(store, trajectory_id, latent)
     plan = plan_for(store)
-    batches = list(stream(store.directory, plan))
+    batches = kept(stream(store.directory, plan))
     damaged = [found for batch in batches for found in batch.damaged]
     assert sorted(name for name, _ in damaged) == ["t3", "t9"]
     for name, error in damaged:
@@ -137,8 +163,8 @@ def test_damaged_rows_are_reported_and_left_out_and_the_others_stay(store: Store
         k = 0 if name == "t3" else STEPS
         assert (error.file, error.member) == (row["latents_file"], f"{name}.latents.npy latent {k}")
         assert error.expected == row["latents_crc32"][k] != error.found
-    kept = [row for batch in batches for row in batch.rows]
-    assert kept == [row for row in plan.to_pylist() if row["trajectory_id"] not in ("t3", "t9")]
+    rows = [row for batch in batches for row in batch.rows]
+    assert rows == [row for row in plan.to_pylist() if row["trajectory_id"] not in ("t3", "t9")]
     for batch in batches:
         assert len(batch.latents) == len(batch.rows)
         direct = [read_latents(store.directory, LatentLocation.of(row), 0, STEPS) for row in batch.rows]
@@ -158,35 +184,50 @@ def test_a_batch_of_damaged_rows_only_is_still_a_batch(store: Store) -> None:
     assert sum(len(batch.damaged) for batch in batches) == COUNT
 
 
-def test_errors_of_the_reader_are_raised_in_the_consumer(store: Store) -> None:
-    plan = plan_for(store)
-    rows = plan.to_pylist()
-    lost = [row | {"latents_file": "trajectories/lost.tar"} if i == 7 else row for i, row in enumerate(rows)]
-    seen: list[Batch] = []
-    with pytest.raises(FileNotFoundError, match=r"lost\.tar"):
-        seen.extend(stream(store.directory, table_of(lost, PLANS)))
-    assert readers() == []
-    contradicting = [row | {"latents_length": 1} for row in rows]
-    with pytest.raises(StoreError, match="contradicts itself"):
-        list(stream(store.directory, table_of(contradicting, PLANS)))
-    with pytest.raises(IndexError, match=r"latents 0\.\.10 of t\d+: it has 5"):
-        list(stream(store.directory, table_of([row | {"last_latent": 10} for row in rows], PLANS)))
-    assert readers() == []
-
-
-def test_batches_before_an_error_arrive(store: Store) -> None:
+def test_a_missing_file_is_damage_of_its_rows_alone(store: Store) -> None:
     rows = plan_for(store).to_pylist()
-    lost = [row | {"latents_file": "lost.tar"} if row["optimizer_step"] == 1 else row for row in rows]
+    lost = [row | {"latents_file": "lost.tar"} if i == 7 else row for i, row in enumerate(rows)]
+    batches = kept(stream(store.directory, table_of(lost, PLANS)))
+    [(name, error)] = [found for batch in batches for found in batch.damaged]
+    assert (name, error.reason, error.file) == (rows[7]["trajectory_id"], "missing", "lost.tar")
+    assert [row for batch in batches for row in batch.rows] == rows[:7] + rows[8:]
+
+
+def test_a_plan_that_contradicts_itself_or_asks_for_too_much_is_refused_at_once(store: Store) -> None:
+    rows = plan_for(store).to_pylist()
+    with pytest.raises(StoreError, match="contradicts itself"):
+        next(stream(store.directory, table_of([*rows[:-1], rows[-1] | {"latents_length": 1}], PLANS)))
+    with pytest.raises(IndexError, match=r"latents 0\.\.10 of t\d+: it has 5"):
+        next(stream(store.directory, table_of([*rows[:-1], rows[-1] | {"last_latent": 10}], PLANS)))
+    assert readers() == []
+
+
+def test_an_error_of_the_thread_is_raised_where_its_batch_was_due(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that leads out of the store is an attack, not damage: nothing is left out quietly."""
+    monkeypatch.setattr("opgrpo_data.stream.WINDOW_BYTES", 1)
+    rows = plan_for(store).to_pylist()
+    lost = [row | {"latents_file": "../lost.tar"} if row["optimizer_step"] == 1 else row for row in rows]
     batches = stream(store.directory, table_of(lost, PLANS))
     assert [next(batches).microstep for _ in range(2)] == [0, 1]
-    with pytest.raises(FileNotFoundError, match=r"lost\.tar"):
+    with pytest.raises(StoreError, match=r"path '\.\./lost\.tar' leads out of"):
         next(batches)
+    assert readers() == []
+
+
+def test_the_rest_of_a_plan_is_the_rest_of_its_stream(store: Store) -> None:
+    plan = plan_for(store)
+    whole = kept(stream(store.directory, plan))
+    rest = kept(stream(store.directory, plan.slice(6)))
+    assert [batch.optimizer_step for batch in rest] == [1, 1]
+    for again, batch in zip(rest, whole[2:], strict=True):
+        assert again.rows == batch.rows
+        assert agrees(again, batch.rows, store.directory)
 
 
 @pytest.mark.parametrize("taken", [1, 2])
-def test_an_abandoned_stream_leaves_no_thread_behind(store: Store, taken: int) -> None:
-    plan = plan_for(store, microbatch=1)  # twelve batches: the reader is blocked on a full queue when we leave
-    batches = stream(store.directory, plan)
+def test_an_abandoned_stream_leaves_no_thread_behind(store: Store, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opgrpo_data.stream.WINDOW_BYTES", 1)
+    batches = stream(store.directory, plan_for(store, microbatch=1))  # twelve buffers: the reader waits when we leave
     for _ in range(taken):
         next(batches)
     assert len(readers()) == 1
@@ -206,21 +247,35 @@ def test_a_consumer_that_fails_leaves_no_thread_behind(store: Store) -> None:
     assert readers() == []
 
 
-def test_the_reader_stays_at_most_the_queue_ahead(store: Store) -> None:
-    """Memory is bounded: with one batch taken, the queue's worth is ready and one more waits to enter it."""
-    read: list[str] = []
+def test_the_reader_stays_within_the_ring(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded: of RING buffers one is being used, and the reader waits when it has filled the others."""
+    monkeypatch.setattr("opgrpo_data.stream.WINDOW_BYTES", 1)
+    counting = Counting(store.directory.url)
+    batches = stream(counting, plan_for(store, microbatch=1))
+    for taken in (1, 2, 3):
+        next(batches)
+        deadline = time.perf_counter() + 5
+        while len(counting.asked) < RING - 1 + taken and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(counting.asked) == RING - 1 + taken
+    assert len(list(batches)) == COUNT - 3
+    assert len(counting.asked) == COUNT
 
-    class Counting(Directory):
-        def read_range(self, relative: str, offset: int, length: int) -> bytes:
-            read.append(relative)
-            return super().read_range(relative, offset, length)
 
-    batches = stream(Counting(store.directory.url), plan_for(store, microbatch=1))
-    next(batches)
-    deadline = time.perf_counter() + 5
-    while len(read) < 1 + PREFETCHED_BATCHES + 1 and time.perf_counter() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    assert len(read) == 1 + PREFETCHED_BATCHES + 1
-    assert len(list(batches)) == COUNT - 1
-    assert len(read) == COUNT
+def test_the_buffers_are_few_begin_at_a_page_and_are_used_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opgrpo_data.stream.WINDOW_BYTES", 1)
+    plan = plan_for(store, microbatch=1)
+    places = [batch.latents[0].__array_interface__["data"][0] for batch in stream(store.directory, plan)]
+    assert len(places) == COUNT
+    assert len(set(places)) == RING
+    assert all(place % 4096 == 0 for place in places)
+
+
+def test_a_batch_stays_as_it_is_while_others_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opgrpo_data.stream.WINDOW_BYTES", 1)
+    for batch in stream(store.directory, plan_for(store, microbatch=1)):
+        copy = [latents.copy() for latents in batch.latents]
+        time.sleep(0.02)  # the reader has filled every other buffer by now
+        assert agrees(replace(batch, latents=copy), batch.rows, store.directory)
+        assert agrees(batch, batch.rows, store.directory)

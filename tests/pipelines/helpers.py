@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from opgrpo_data.io import Directory
-from opgrpo_data.shards import read_media, write_shard
+from opgrpo_data.reading import read_media
+from opgrpo_data.shards import write_shard
 from opgrpo_data.store import Store
 from pipelines import media, weights
 from pipelines.config import RunConfig, build_config

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from opgrpo_data.io import Directory
-from opgrpo_data.shards import LatentLocation
+from opgrpo_data.locations import LatentLocation
 from pipelines import sampler
 from pipelines.config import RunConfig
 from pipelines.estimate import _saved, estimate, saved_bytes

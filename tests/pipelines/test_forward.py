@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from opgrpo_data.ids import derived_seed
+from opgrpo_data.locations import LatentLocation
+from opgrpo_data.reading import read_latents
 from opgrpo_data.schema import PLANS, table_of
-from opgrpo_data.shards import LatentLocation, read_latents
 from opgrpo_data.store import iteration_folder
 from pipelines import sampler, weights
 from pipelines.config import ConfigError

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from opgrpo_data.errors import CorruptionError, StoreError
-from opgrpo_data.shards import LatentLocation, read_latents, read_media
+from opgrpo_data.locations import LatentLocation
+from opgrpo_data.reading import read_latents, read_media
 from opgrpo_data.store import Store
 from pipelines.config import RunConfig
 from pipelines.experiment import Experiment

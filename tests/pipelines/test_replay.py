@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opgrpo_data.errors import StoreError
-from opgrpo_data.shards import LatentLocation, read_latents
+from opgrpo_data.locations import LatentLocation
+from opgrpo_data.reading import read_latents
 from opgrpo_data.store import iteration_folder
 from pipelines import sampler, weights
 from pipelines.config import ConfigError

@@ -304,7 +304,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, missing: str)
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "pipelines.reward_app")
     with pytest.raises(ValueError, match=rf'serving a reward needs {missing}: pip install "opgrpo\[serve\]"'):
-        serve("scene_soft", "{}", "127.0.0.1", 0, None)
+        serve("scene_soft", {}, "127.0.0.1", 0, None)
 
 
 def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

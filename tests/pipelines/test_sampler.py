@@ -19,7 +19,8 @@ from scipy import stats
 from torch import Tensor
 
 from opgrpo_data.io import Directory
-from opgrpo_data.shards import LatentLocation, read_latents
+from opgrpo_data.locations import LatentLocation
+from opgrpo_data.reading import read_latents
 from pipelines import sampler
 from pipelines.embedded import ABSENT, PIPELINE_DIR
 from pipelines.policies.pipeline_policy import PipelinePolicy

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opgrpo_data.errors import StoreError
+from opgrpo_data.locations import LatentLocation
+from opgrpo_data.reading import read_latents
 from opgrpo_data.schema import PLANS, table_of
-from opgrpo_data.shards import LatentLocation, read_latents
 from opgrpo_data.store import iteration_folder
 from pipelines import weights
 from pipelines.experiment import Experiment

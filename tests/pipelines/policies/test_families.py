@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from opgrpo_data.io import Directory
-from opgrpo_data.shards import LatentLocation, read_latents, read_media
+from opgrpo_data.locations import LatentLocation
+from opgrpo_data.reading import read_latents, read_media
 from pipelines import media, sampler
 from pipelines.groups import Member, shard_tasks
 from pipelines.policies.pipeline_policy import PipelinePolicy

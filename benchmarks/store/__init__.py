@@ -1,0 +1,1 @@
+"""How fast the trajectory store is, against the raw limits of the machine it runs on."""

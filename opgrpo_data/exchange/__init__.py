@@ -1,0 +1,21 @@
+"""A store's data in other forms and back: datasets for other tools, and what other stores hold (docs/exchange.md).
+
+export.py       which forms there are; a new folder, filled, its manifest last
+selection.py    which trajectories an export takes, and which it leaves out
+webdataset.py   plain WebDataset, written and read: the only dataset that can come back
+tables.py       Parquet with pictures inside: huggingface, sft, preferences
+card.py         the dataset card beside them
+receive.py      where imported trajectories and rewards go, and which are there already
+importing.py    what a source is; trajectories out of tars
+stores.py       import of another store; store_shards.py: of its trajectories
+checks.py       what is checked of data from outside
+listing.py      what the runs of a store hold
+"""
+
+from __future__ import annotations
+
+from opgrpo_data.exchange.export import export_dataset
+from opgrpo_data.exchange.importing import import_dataset
+from opgrpo_data.exchange.listing import listing
+
+__all__ = ["export_dataset", "import_dataset", "listing"]

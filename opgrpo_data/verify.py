@@ -1,0 +1,260 @@
+"""Is everything in a store as it was written? Fast: indexes, documents, sizes, references. Deep: every byte.
+
+Tables and documents are read whole and held against their seals (opgrpo_data.seal) either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from opgrpo_data import generations, seal, tensors
+from opgrpo_data.checksum import crc32
+from opgrpo_data.errors import StoreError
+from opgrpo_data.shard_checks import Damage, Shard
+from opgrpo_data.store import DOCUMENT_KEYS, MARKER, TABLES, Store
+
+SEALED_SINCE = (1, 2)
+UNSEALED_FILES = "migrations/*.json"
+"""What `opgrpo migrate` wrote down: the crc32 of each table and document that older software had left without a seal."""
+RESTORE = "restore it from a copy"
+NO_COPY = "restore it from a copy, or run `opgrpo verify --deep --quarantine`: training then does without what is damaged"
+
+Bar = Callable[[Sequence[str], str], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it was written. member: of a tar, or a row of a table. remedy: what to do."""
+
+    path: str
+    member: str | None
+    problem: str
+    remedy: str
+
+
+@dataclass
+class Report:
+    """What was looked at, and what is wrong.
+
+    files: tables, documents and tensor files read, tars looked at. trajectories: rows of all indexes. bytes: read and checked.
+    quarantined: trajectories in quarantine whose known damage is no finding any more. unsealed: tables and documents of a store
+    of an older version that nothing covers but Parquet's own checksums: `opgrpo migrate` writes theirs down.
+    """
+
+    deep: bool
+    files: int = 0
+    trajectories: int = 0
+    bytes: int = 0
+    quarantined: int = 0
+    unsealed: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+
+def verify(store: Store, *, deep: bool, quarantine: bool = False, bar: Bar = lambda tasks, _: tasks) -> Report:
+    """Look at everything, changing nothing; with `quarantine`, put the trajectories in quarantine whose bytes are damaged.
+
+    bar: shows progress over files. Raises StoreError only where the place itself cannot be read.
+    """
+    return _Verification(store, deep, quarantine, bar).run()
+
+
+class _Verification:
+    """One look at a store, and what it has come to."""
+
+    def __init__(self, store: Store, deep: bool, quarantine: bool, bar: Bar) -> None:
+        self.store = store
+        self.quarantine = quarantine
+        self.bar = bar
+        self.report = Report(deep)
+        self.sizes = {entry.path: entry.size for entry in store.directory.entries()}
+        self.known = store.quarantined()
+        self.forgiven: set[str] = set()
+        self.must_be_sealed = tuple(map(int, store.version.split("."))) >= SEALED_SINCE
+        self.unsealed: dict[str, str] = {}
+        self.ids: list[pa.ChunkedArray] = []
+        self.rows: dict[str, int] = {}
+
+    def run(self) -> Report:
+        for path in (MARKER, *self.store.directory.list(UNSEALED_FILES)):
+            if (document := self._document(path)) is not None and path != MARKER:
+                if not isinstance(unsealed := document.get("unsealed"), dict):
+                    self._find(path, "it lists no files")
+                else:
+                    self.unsealed |= unsealed
+        for kind in DOCUMENT_KEYS:
+            for path in self.store.directory.list(f"{kind}/*/policy.json" if kind == "policies" else f"{kind}/*.json"):
+                self._described(kind, path)
+        self._shards()
+        self._unique()
+        self._tables()
+        self._generations()
+        held = (path for path in self.sizes if path.endswith(".safetensors"))
+        for path in self.bar(list(held), "tensors"):
+            self._tensors(path)
+        self.report.quarantined = len(self.forgiven)
+        return self.report
+
+    def _find(self, path: str, problem: str, remedy: str = RESTORE, member: str | None = None) -> None:
+        self.report.findings.append(Finding(path, member, problem, remedy))
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def _read(self, path: str) -> bytes:
+        data = self.store.directory.read(path)
+        self.report.files += 1
+        self.report.bytes += len(data)
+        return data
+
+    def _document(self, path: str) -> dict[str, Any] | None:
+        """A JSON document; None, and a finding, when it is damaged."""
+        data = self._read(path)
+        try:
+            document = seal.read_json(data)
+        except ValueError as error:
+            self._find(path, f"it {error}")
+            return None
+        self._covered(path, data)
+        return document
+
+    def _covered(self, path: str, data: bytes) -> None:
+        """A finding, where a file that was read without complaint has lost its seal."""
+        if seal.check_seal(data):
+            return
+        if not self.must_be_sealed:
+            self.report.unsealed += 1
+        elif path not in self.unsealed:
+            self._find(path, "it has no seal, which every file of this format version has")
+        elif self.unsealed[path] != (found := f"{crc32(data):08x}"):
+            self._find(
+                path, f"it has changed since the store was migrated: expected crc32 {self.unsealed[path]}, found {found}"
+            )
+
+    def _described(self, kind: str, path: str) -> None:
+        document = self._document(path)
+        if document is None:
+            return
+        if missing := sorted(DOCUMENT_KEYS[kind] - document.keys()):
+            self._find(path, f"it lacks {missing}")
+            return
+        for needed in _needed(kind, document):
+            if needed not in self.sizes:
+                self._find(path, f"it speaks of {needed}, which is not there")
+
+    def _table(self, kind: str, path: str) -> tuple[pa.Table, bool] | None:
+        """A table, and whether it is sealed; None, and a finding, when it is damaged."""
+        data = self._read(path)
+        try:
+            table = self.store.parse(kind, path, data)
+        except StoreError as error:
+            problem, _, remedy = str(error).removeprefix(f"{path} ").rpartition(": ")
+            self._find(path, f"it {problem}", remedy)
+            return None
+        self._covered(path, data)
+        self.rows[path] = table.num_rows
+        return table, seal.check_seal(data)
+
+    def _tensors(self, path: str) -> None:
+        self.report.files += 1
+        try:
+            header = tensors.read_header(self.store.directory, path)
+            if header.size != self.sizes.get(path, header.size):
+                raise ValueError(f"it has {self.sizes[path]} bytes, its header tells {header.size}")
+            if self.report.deep:
+                tensors.check_bytes(self.store.directory, path, header)
+                self.report.bytes += header.size
+        except ValueError as error:
+            again = ", or remove it, and its prompts are encoded again" if path.startswith("conditions/") else ""
+            self._find(path, f"it is damaged: {error}", f"{RESTORE}{again}")
+
+    # -- trajectories -----------------------------------------------------------------------------------------------
+
+    def _shards(self) -> None:
+        dropped = self.store.dropped_shards()
+        for path in self.bar(self.store.files("trajectories"), "shards"):
+            if (read := self._table("trajectories", path)) is None:
+                continue
+            table, is_sealed = read
+            self.ids.append(table["trajectory_id"])
+            self.report.trajectories += table.num_rows
+            shard = Shard(self.store.directory, path, table, self.sizes, is_sealed)
+            self._damages(shard.check_rows())
+            if path in dropped:
+                continue
+            self._damages(shard.check_sizes())
+            self.report.files += len(shard.files())
+            if self.report.deep:
+                self._damages(shard.check_bytes())
+                self.report.bytes += sum(self.sizes.get(file, 0) for file in shard.files())
+
+    def _damages(self, damages: Iterator[Damage]) -> None:
+        for damage in damages:
+            if damage.errors and damage.errors.keys() <= self.known:
+                self.forgiven |= damage.errors.keys()
+                continue
+            self._find(damage.path, damage.problem, NO_COPY if damage.errors else RESTORE, damage.member)
+            for trajectory_id, error in damage.errors.items() if self.quarantine else ():
+                self.store.quarantine(trajectory_id, error)
+
+    def _unique(self) -> None:
+        if not self.ids:
+            return
+        counts = pa.chunked_array([chunk for ids in self.ids for chunk in ids.chunks], pa.string()).value_counts()
+        for name in counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist():
+            self._find("trajectories", "more than one index has this trajectory", "remove the index that came later", str(name))
+
+    # -- other tables -----------------------------------------------------------------------------------------------
+
+    def _tables(self) -> None:
+        known = pa.chunked_array([chunk for ids in self.ids for chunk in ids.chunks], pa.string())
+        for kind in TABLES:
+            if kind == "trajectories":
+                continue
+            for path in self.bar(self.store.files(kind), kind):
+                if (read := self._table(kind, path)) is not None:
+                    self._references(kind, path, read[0], known)
+
+    def _generations(self) -> None:
+        """Merged copies of indexes: whole, and in agreement with the index files that they hold."""
+        for path, problem in generations.faults(self.store, deep=self.report.deep):
+            self._find(path, f"it cannot be used: {problem}", "run `opgrpo compact`, which makes another")
+        damaged = {finding.path for finding in self.report.findings}
+        gone: dict[str, str] = {}
+        for path in (path for kind in generations.COMPACTED for path in generations.documents(self.store, kind)):
+            self.report.files += 1  # its Parquet file
+            if self._document(path) is None or path in damaged:
+                continue
+            held = generations.read_generation(self.store.directory, path).files
+            gone |= {file: path for file in held if file not in self.sizes}
+            for file, rows in held.items():
+                if self.rows.get(file, rows) != rows:
+                    self._find(path, f"it tells {rows} rows of {file}, which has {self.rows[file]}", "run `opgrpo compact`")
+        for file, path in gone.items():
+            self._find(file, f"it is gone; {path} holds a copy of its rows")
+
+    def _references(self, kind: str, path: str, table: pa.Table, known: pa.ChunkedArray) -> None:
+        """What buffers, plans and dropped shards speak of must be there."""
+        if kind in ("buffers", "plans"):
+            strangers = table["trajectory_id"].filter(pc.invert(pc.is_in(table["trajectory_id"], known))).unique().to_pylist()
+            if strangers:
+                problem = f"it names {len(strangers)} trajectories that no index has, for example {strangers[0]}"
+                self._find(path, problem, "restore the indexes they were in")
+        elif kind == "dropped":
+            for index in table["index_file"].to_pylist():
+                if index not in self.sizes:
+                    self._find(path, f"it speaks of {index}, which is not there")
+
+
+def _needed(kind: str, document: Mapping[str, Any]) -> list[str]:
+    """Files that a document needs beside it."""
+    if kind == "policies":
+        return [f"policies/{document['policy_id']}/weights.safetensors"] if document.get("kind") == "average" else []
+    if kind == "runs":
+        prompts, base = document.get("prompts"), document.get("base_policy_id")
+        files = [str(path) for path in prompts.values()] if isinstance(prompts, dict) else []
+        return files + ([f"policies/{base}/policy.json"] if base else [])
+    return [f"runs/{document['run_id']}.json"]

@@ -1,0 +1,237 @@
+"""What an export takes and where it goes: rewards and conditions, new folders only, nothing that only looks finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opgrpo_data.errors import StoreError
+from opgrpo_data.exchange import export, export_dataset, selection
+from opgrpo_data.exchange.export import FORMS, MANIFEST
+from opgrpo_data.exchange.left_out import LeftOut
+from opgrpo_data.exchange.selection import Selection
+from opgrpo_data.io import Directory
+from opgrpo_data.store import Store
+from tests.opgrpo_data.exchange.made import filled, quarantined
+from tests.opgrpo_data.factories import reward_row, rewards
+
+FOLDER = "run=run-0/iter=000000"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A filled store with one reward. Do not change it."""
+    return filled(str(tmp_path_factory.mktemp("one") / "store"))
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A filled store with two rewards, one of them in two versions. Do not change it."""
+    store = filled(str(tmp_path_factory.mktemp("several") / "store"))
+    again = rewards([reward_row("run-0-i0g0m0", 7.0, version="2")])
+    store.publish_table(f"rewards/reward=taste/{FOLDER}/00000.v2.000.parquet", again)
+    other = rewards([reward_row("run-0-i0g0m1", 9.0, reward="smell")])
+    store.publish_table(f"rewards/reward=smell/{FOLDER}/00000.v1.000.parquet", other)
+    return store
+
+
+def taken(store: Store, reward: str | None, where: str | None) -> set[str]:
+    """The ids that a selection takes, without the run's name."""
+    chosen = Selection(store, reward, where, needs_reward=False)
+    return {row["trajectory_id"].removeprefix("run-0-") for page in chosen.pages for row in chosen.rows(page)}
+
+
+# -- rewards and conditions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("value > 1.1", {"i1g0m1", "i1g0m2", "i1g1m1"}),
+        ("value IS NULL", {"i0g1m2", "i1g1m2"}),
+        ("text = 'a red square' AND iteration = 0", {"i0g0m0", "i0g0m1", "i0g0m2"}),
+        ("split = 'held_out' AND metadata ->> 'n' = '2' AND member_index = 0", {"i0g1m0", "i1g1m0"}),
+        ("trajectory_id IN (SELECT trajectory_id FROM buffer) AND iteration = 0 -- the buffer", {"i0g0m2", "i0g1m1"}),
+    ],
+)
+def test_a_condition_sees_trajectories_prompts_and_the_reward(where: str, expected: set[str], store: Store) -> None:
+    found = taken(store, None, where)
+    assert found == expected
+
+
+def test_the_reward_is_the_one_that_is_meant(several: Store) -> None:
+    assert taken(several, "smell", "value > 0") == {"i0g0m1"}
+    assert taken(several, "taste@2", "value > 0") == {"i0g0m0"}
+    assert len(taken(several, "taste@1", "value > 0")) == 8
+    assert len(taken(several, None, "iteration = 0")) == 6
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        (None, "--reward is needed to say which value counts; the store has smell@1, taste@1, taste@2"),
+        ("sight", "the store has no values of reward 'sight'; it has smell@1, taste@1, taste@2"),
+        ("taste@3", "the store has no values of reward 'taste@3'; it has smell@1, taste@1, taste@2"),
+        ("taste", "reward 'taste' has values in several versions: give --reward as one of taste@1, taste@2"),
+        ("x' OR 1=1", 'the store has no values of reward "x\' OR 1=1"; it has smell@1, taste@1, taste@2'),
+    ],
+)
+@pytest.mark.parametrize("form", ["preferences", "sft"])
+def test_a_reward_that_is_not_clear(form: str, reward: str | None, told: str, several: Store, tmp_path: Path) -> None:
+    with pytest.raises(StoreError) as raised:
+        export_dataset(several, str(tmp_path / "out"), form, reward=reward)
+    assert str(raised.value) == told
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_reward_at_all(tmp_path: Path) -> None:
+    store = filled(str(tmp_path / "store"), iterations=0)
+    with pytest.raises(StoreError, match=r"^--reward is needed .*; the store has none: run `opgrpo score` first$"):
+        export_dataset(store, str(tmp_path / "out"), "preferences")
+
+
+def test_value_without_a_clear_reward(several: Store) -> None:
+    told = r"the column value needs a reward, name one of smell@1, taste@1, taste@2$"
+    with pytest.raises(StoreError, match=rf"^the condition 'value > 0' cannot be asked: SQL: .*; {told}"):
+        taken(several, None, "value > 0")
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "vaule > 0",
+        "1 = ",
+        "true) --",
+        "true; DROP TABLE x",
+        "true); COPY (SELECT 1) TO '/tmp/x'",
+        "(SELECT count(*) FROM read_csv('/etc/passwd')) > 0",
+    ],
+)
+def test_a_condition_that_is_none(where: str, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"^the condition .* cannot be asked: "):
+        export_dataset(store, str(tmp_path / "out"), "sft", where=where)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_condition_that_changes_its_mind(store: Store) -> None:
+    chosen = Selection(store, None, "random() < 0.5", needs_reward=False)
+    told = r"^the condition 'random\(\) < 0.5' gave \d+ trajectories and then \d+: ask for something that stays the same, "
+    with pytest.raises(StoreError, match=told):
+        [chosen.rows(page) for _ in range(200) for page in chosen.pages]
+
+
+def test_nothing_matches(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"has no trajectory to export for which value > 100$"):
+        export_dataset(store, str(tmp_path / "out"), "sft", where="value > 100")
+    with pytest.raises(StoreError, match=r"has no trajectory to export$"):
+        export_dataset(Store.create(str(tmp_path / "empty")), str(tmp_path / "out"), "webdataset")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_left(tmp_path: Path) -> None:
+    store = filled(str(tmp_path / "store"), iterations=1)
+    quarantined(store, "run-0-i0g0m0")
+    with pytest.raises(StoreError, match=r"^nothing is left to export: 1 quarantined. Remove .*out, and choose other"):
+        export_dataset(store, str(tmp_path / "out"), "webdataset", where="trajectory_id = 'run-0-i0g0m0'")
+
+
+def test_pages_are_bounded_and_groups_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(str(tmp_path / "store"), iterations=4)
+    whole = Selection(store, None, None, needs_reward=False)
+    assert [(page.run_id, page.first, page.last, page.trajectories, page.groups) for page in whole.pages] == [
+        ("run-0", 0, 3, 24, 8)
+    ]
+    monkeypatch.setattr(selection, "PAGE_ROWS", 13)
+    parts = Selection(store, None, None, needs_reward=False)
+    assert [(page.first, page.last, page.trajectories) for page in parts.pages] == [(0, 1, 12), (2, 3, 12)]
+    monkeypatch.setattr(selection, "PAGE_ROWS", 1)
+    single = Selection(store, None, None, needs_reward=False)
+    assert [(page.first, page.last) for page in single.pages] == [(n, n) for n in range(4)]
+    assert [row for page in single.pages for row in single.rows(page)] == whole.rows(whole.pages[0])
+
+
+def test_a_trajectory_that_two_shards_hold_counts_once(store: Store, tmp_path: Path) -> None:
+    twice = filled(str(tmp_path / "store"), iterations=1)
+    table = twice.read_tables("trajectories", twice.files("trajectories")[:1])
+    twice.publish_table("trajectories/run=imported/iter=000000/copy.parquet", table)
+    assert export_dataset(twice, str(tmp_path / "out"), "webdataset")["rows"] == 6
+
+
+# -- where it goes ----------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_no_such_form(store: Store, tmp_path: Path) -> None:
+    told = "^there is no dataset form 'csv': choose one of webdataset, huggingface, preferences, sft$"
+    with pytest.raises(ValueError, match=told):
+        export_dataset(store, str(tmp_path / "out"), "csv")
+
+
+def test_only_into_what_is_empty(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    export_dataset(store, str(tmp_path / "out"), "sft")
+    with pytest.raises(StoreError, match=r"out holds an export already: choose another folder$"):
+        export_dataset(store, str(tmp_path / "out"), "sft")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(
+        StoreError, match=r"mine is not empty, and holds no finished export: choose another folder, or, if an export"
+    ):
+        export_dataset(store, str(tmp_path / "mine"), "sft")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    with pytest.raises(StoreError, match=r"x lies in the store .*: choose a folder outside it$"):
+        export_dataset(store, f"{store.directory.url}/x", "sft")
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_killed_at_any_file_it_is_not_finished(
+    form: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No manifest, so an import refuses it, and so does another export until it is removed; then all is well."""
+
+    def killing(whole: Callable[..., Any], after: list[int]) -> Callable[..., Any]:
+        def call(directory: Directory, path: str, *given: Any) -> Any:
+            if after[0] == 0:
+                raise KeyboardInterrupt
+            after[0] -= 1
+            return whole(directory, path, *given)
+
+        return call
+
+    for allowed in range(10):
+        out, after = tmp_path / f"out{allowed}", [allowed]
+        monkeypatch.setattr(Directory, "publish", killing(Directory.publish, after))
+        monkeypatch.setattr(Directory, "write_atomic", killing(Directory.write_atomic, after))
+        try:
+            export_dataset(store, str(out), form)
+        except KeyboardInterrupt:
+            assert not (out / MANIFEST).exists()
+        else:
+            assert json.loads((out / MANIFEST).read_text())["form"] == form
+            break
+        finally:
+            monkeypatch.undo()
+        if allowed:
+            with pytest.raises(StoreError, match=r"if an export to it was cut short, remove it and export again$"):
+                export_dataset(store, str(out), form)
+    assert allowed == (2 if form == "webdataset" else 3)
+
+
+def test_two_exports_at_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(chosen: Selection, target: Directory, left_out: LeftOut) -> list[dict[str, Any]]:
+        monkeypatch.undo()
+        export_dataset(store, target.url, "webdataset")
+        return [{"path": "x", "rows": 1}]
+
+    monkeypatch.setattr(export, "FORMS", {"webdataset": meanwhile})
+    with pytest.raises(StoreError, match=r"^another export wrote to .*out at the same time: remove it and export again$"):
+        export_dataset(store, str(tmp_path / "out"), "webdataset")
+
+
+def test_to_an_object_store(store: Store, tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/pictures"
+    export_dataset(store, url, "huggingface")
+    assert [entry.path for entry in Directory(url).entries()] == ["README.md", "data/train-00000-of-00001.parquet", MANIFEST]

@@ -355,9 +355,8 @@ def import_(
 ) -> Any:
     """Take over trajectories, rewards and all that is known of them; what is there already is skipped."""
     from opgrpo_data.exchange import import_dataset
-    from opgrpo_data.store import Store
 
-    return import_dataset(source, Store.create(store), merge=merge)
+    return import_dataset(source, store, merge=merge)
 
 
 @app.command(name="evaluate-offline")
@@ -368,11 +367,13 @@ def evaluate_offline(
     run: Annotated[str | None, typer.Option(help="only trajectories of this run")] = None,
     last: Annotated[int | None, typer.Option(min=1, help="only the last so many iterations before the policy")] = None,
     store: StoreUrl = DEFAULT_STORE,
+    trust_code: TrustCode = False,
 ) -> Any:
     """Estimate a policy's reward from stored trajectories alone, and say how far that can be trusted."""
     from pipelines.offline_evaluation import evaluate_offline
 
-    return asdict(evaluate_offline(_open(store), policy, reward=reward, run=run, iterations=last))
+    options = {"reward": reward, "run": run, "iterations": last, "trust_code": trust_code}
+    return asdict(evaluate_offline(_open(store), policy, **options))
 
 
 @app.command()

@@ -186,8 +186,8 @@ def _policy(document: dict[str, Any], kept: set[str]) -> dict[str, Any]:
 def _run(document: dict[str, Any]) -> dict[str, Any]:
     return {
         "run_id": document["run_id"],
-        "name": document["config"]["name"],
-        "seed": document["config"]["seed"],
+        "name": document["config"].get("name"),
+        "seed": document["config"].get("seed"),
         "config": json.dumps(document["config"]),
         "command": json.dumps(document["command"]),
         "software": json.dumps(document["software"]),

@@ -2,6 +2,9 @@
 
 One row a trajectory: where it comes from, and its value of one reward. It is read once, through the generations as far as they
 go (opgrpo_data.generations), and then follows the store: `poll` takes in what was committed since.
+
+Memory: about 65 bytes a trajectory (10 million: 0.65 GB), and while reading one row group of a generation. Trajectories that
+have no value yet wait in a table of the same kind; a poll goes through all that wait.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -103,7 +102,8 @@ class Directory:
 
     def read_ranges(self, ranges: Sequence[Range], into: memoryview) -> Sequence[int]:
         """Fill `into` with ranges of files, one behind the other; returns the bytes found of each, 0 where there is no file."""
-        return self.files.read_ranges([replace(wanted, file=self.path(wanted.file)) for wanted in ranges], into)
+        full = [Range(self.path(wanted.file), wanted.offset, wanted.length) for wanted in ranges]
+        return self.files.read_ranges(full, into)
 
     def write_atomic(self, relative: str) -> AbstractContextManager[BinaryIO]:
         """A file to write into that appears under its name, whole and on disk, when the block ends without an error."""

@@ -6,11 +6,13 @@ Memory: a file being written holds BUFFER_BYTES.
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import io
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -53,12 +55,13 @@ class LocalFiles:
 
     def read(self, path: str) -> bytes:
         """See Files."""
-        return Path(path).read_bytes()
+        with _opened(path) as (descriptor, size):
+            return _read(descriptor, 0, size)
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """See Files."""
-        with Path(path).open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), length, offset)
+        with _opened(path) as (descriptor, size):
+            return _read(descriptor, offset, min(length, max(0, size - offset)))
 
     def read_ranges(self, ranges: Sequence[Range], into: memoryview) -> list[int]:
         """See Files."""
@@ -93,6 +96,29 @@ class LocalFiles:
         """See Files."""
         with suppress(FileNotFoundError):
             shutil.rmtree(path)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[int, int]]:
+    """A file to read, and its bytes. A pipe or a device, for which one would wait, is none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        yield descriptor, status.st_size
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int, offset: int, length: int) -> bytes:
+    """One call reads 2 GiB at most."""
+    data = os.pread(descriptor, length, offset)
+    parts = [data]
+    while data and (length := length - len(data)):
+        offset += len(data)
+        parts.append(data := os.pread(descriptor, length, offset))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @contextmanager

@@ -25,6 +25,9 @@ PLACED = pa.unify_schemas([pa.schema([("trajectory_id", pa.string())]), LOCATION
 LARGEST_LATENT = 2**40
 """Bytes. An index that claims more was damaged; below, 64-bit sums of places do not overflow."""
 
+LONGEST_PATH = 1000
+"""Characters of a file's path in a store."""
+
 Int64s = NDArray[np.int64]
 
 
@@ -47,6 +50,7 @@ class LatentLocation:
         if missing := [name for name in LOCATION.names if row[name] is None]:
             raise StoreError(f"{row['latents_file']}: the index row of {row['trajectory_id']} has no {missing}")
         shape, dtype, file, offset, length, header, checksums = (row[name] for name in LOCATION.names)
+        check_file(file)
         size = latent_bytes(dtype, shape)
         if not size or header + size * len(checksums) != length or min(offset, header) < 0 or offset > 2**62 - length:
             raise StoreError(
@@ -59,6 +63,12 @@ class LatentLocation:
     def latent_bytes(self) -> int:
         """Bytes of one latent."""
         return latent_bytes(self.dtype, self.shape)
+
+
+def check_file(file: str) -> None:
+    """Raise StoreError where an index row names what can be no file. What leads out of the store, Directory refuses."""
+    if len(file) > LONGEST_PATH or "\0" in file or {"", "."} & set(file.removeprefix("/").split("/")):
+        raise StoreError(f"an index row names the file {file[:200]!r}, which no shard can have: run `opgrpo verify`")
 
 
 def latent_bytes(dtype: str, shape: Sequence[int]) -> int:
@@ -100,6 +110,8 @@ class Locations:
         shapes = pc.binary_join(columns["latent_shape"].cast(pa.list_(pa.string())), "x")
         kinds, kind = _distinct(pc.binary_join_element_wise(columns["latent_dtype"], shapes, ":"))
         files, file = _distinct(columns["latents_file"])
+        for name in files:
+            check_file(name)
         offset, length, header = (columns[f"latents_{name}"].to_numpy() for name in ("offset", "length", "header"))
         count = pc.list_value_length(columns["latents_crc32"]).to_numpy().astype(np.int64)
         parsed = [_kind(text) for text in kinds]
@@ -123,7 +135,7 @@ class Locations:
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Locations:
         """From rows that have trajectory_id and the LOCATION columns. Raises StoreError when those of a row contradict."""
-        return cls.of(pa.Table.from_pylist([{name: row[name] for name in PLACED.names} for row in rows], schema=PLACED))
+        return cls.of(pa.Table.from_pylist(rows, schema=PLACED))
 
     @classmethod
     def single(cls, at: LatentLocation) -> Locations:

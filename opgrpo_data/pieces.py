@@ -11,6 +11,7 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opgrpo_data.bounds import read_bounded
 from opgrpo_data.errors import StoreError
 from opgrpo_data.generations import Generation, in_force, warn
 from opgrpo_data.io import Directory
@@ -171,9 +172,8 @@ def _parsed(store: Store, kind: str, path: str, data: bytes, schema: pa.Schema) 
     """Some columns of an index file. Raises StoreError when it is damaged."""
     try:
         check_seal(data)
-        parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         # A thread for each column of so few rows would cost more than it does.
-        return conform(parquet.read(columns=_held(parquet, schema), use_threads=False), schema)
+        return conform(read_bounded(data, schema.names, use_threads=False), schema)
     except DAMAGE:
         store.parse(kind, path, data)  # tells what is wrong in the words of every other reader
         raise

@@ -13,15 +13,18 @@ from numpy.typing import NDArray
 from opgrpo_data.checksum import crc32
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.io import Directory
-from opgrpo_data.locations import NUMPY_DTYPES, LatentLocation, Locations, Spans
+from opgrpo_data.locations import NUMPY_DTYPES, LatentLocation, Locations, Spans, check_file
 
 PAGE = 4096
 
-THREADS = 4
+THREADS = 2
 PART_BYTES = 8 * 2**20
 LARGE_BYTES = 128 * 2**10
 """Where trajectories are of LARGE_BYTES on average, or more, THREADS read and verify parts of PART_BYTES, which the cache of a
 processor holds. Smaller ones are read by one thread, and all together: several would fight for the interpreter."""
+
+LARGEST_MEDIA = 2**34
+"""Bytes. An index that claims more was damaged."""
 
 Read = NDArray[Any] | CorruptionError
 
@@ -36,57 +39,63 @@ def memory(size: int) -> NDArray[np.uint8]:
     return room[begin : begin + size]
 
 
-def read_many(directory: Directory, spans: Spans, into: NDArray[np.uint8] | None = None) -> list[Read]:
+def read_many(directory: Directory, spans: Spans, into: NDArray[np.uint8] | None = None, threads: int = THREADS) -> list[Read]:
     """Per trajectory its latents, (last - first + 1, *latent_shape) in the storage dtype; or how its bytes are damaged.
 
     Reads and verifies only the bytes asked for: a prefix costs a prefix. The arrays are views of `into`, at least
     `spans.total` bytes, or of one new array where there is none; nothing else grows with the bytes that are read.
     """
-    data = memory(spans.total) if into is None else into
-    parts = _parts(spans)
-    if len(parts) == 1:
-        return _read(directory, spans, data)
-    with ThreadPoolExecutor(THREADS, "opgrpo-read") as pool:
-        read = pool.map(lambda rows: _read(directory, spans[rows], data[spans.begin[rows.start] :]), parts)
-        return [it for part in read for it in part]
+    data = memoryview(memory(spans.total) if into is None else into)  # type: ignore[arg-type]
+    at, ranges = spans.locations, spans.ranges()
+    kinds = [(NUMPY_DTYPES[dtype], (-1, *shape)) for dtype, shape in at.kinds]
+    columns = (spans.begin, spans.length, at.size, at.checksum_at + spans.first, at.kind)
+    rows = list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def read(part: range) -> list[Read]:
+        begin, end = rows[part.start][0], rows[part.stop - 1][0] + rows[part.stop - 1][1]
+        found = directory.read_ranges(ranges[part.start : part.stop], data[begin:end])
+        judged: list[Read] = []
+        for i, got in zip(part, found, strict=True):
+            place, length, size, checksum_at, kind = rows[i]
+            mine, expected = data[place : place + length], at.checksums[checksum_at : checksum_at + length // size].tolist()
+            if damage := _damage(mine, size, expected, got):
+                judged.append(_error(directory, spans, i, expected, *damage, nothing=got == 0))
+            else:
+                dtype, shape = kinds[kind]
+                judged.append(np.frombuffer(mine, dtype).reshape(shape))
+        return judged
+
+    parts = _parts(spans) if rows else []
+    found: list[list[Read]] = [[] for _ in parts]
+    waiting = iter(enumerate(parts))
+
+    def work() -> None:
+        for number, part in waiting:
+            found[number] = read(part)
+
+    with ThreadPoolExecutor(threads, "opgrpo-read") as pool:
+        others = [pool.submit(work) for _ in parts[1:threads]]
+        work()
+        for other in others:
+            other.result()
+    return [it for judged in found for it in judged]
 
 
-def _parts(spans: Spans) -> list[slice]:
+def _parts(spans: Spans) -> list[range]:
     """Rows that are read and verified together, one part in each thread."""
     if spans.total < len(spans) * LARGE_BYTES:
-        return [slice(0, len(spans))]
+        return [range(len(spans))]
     cuts = np.flatnonzero(np.diff(spans.begin // PART_BYTES)) + 1
-    edges = [0, *cuts.tolist(), len(spans)]
-    return [slice(begin, end) for begin, end in pairwise(edges)]
+    return [range(begin, end) for begin, end in pairwise([0, *cuts.tolist(), len(spans)])]
 
 
-def _read(directory: Directory, spans: Spans, into: NDArray[np.uint8]) -> list[Read]:
-    data = memoryview(into)[: spans.total]  # type: ignore[arg-type]
-    found = directory.read_ranges(spans.ranges(), data)
-    at = spans.locations
-    kinds = [(NUMPY_DTYPES[dtype], (-1, *shape)) for dtype, shape in at.kinds]
-    columns = [column.tolist() for column in (spans.begin, spans.length, at.size, at.checksum_at + spans.first, at.kind)]
-    read: list[Read] = []
-    for i, (begin, length, size, checksum_at, kind, got) in enumerate(zip(*columns, found, strict=True)):
-        expected = at.checksums[checksum_at : checksum_at + length // size].tolist()
-        mine = data[begin : begin + length]
-        if damage := _damage(mine, size, expected, got):
-            read.append(_error(directory, spans, i, expected, *damage, nothing=got == 0))
-        else:
-            dtype, shape = kinds[kind]
-            read.append(np.frombuffer(mine, dtype).reshape(shape))
-    return read
-
-
-def _damage(data: memoryview, size: int, expected: Sequence[int], got: int) -> tuple[int, int | None] | None:
+def _damage(data: memoryview, size: int, expected: list[int], got: int) -> tuple[int, int | None] | None:
     """The first latent that is not what was written, and its checksum; None in its place where the file ends before."""
-    for k, checksum in enumerate(expected):
-        end = (k + 1) * size
-        if end > got:
-            return k, None
-        if (found := crc32(data[end - size : end])) != checksum:
-            return k, found
-    return None
+    found: list[int | None] = [crc32(data[end - size : end]) for end in range(size, min(got, len(data)) + 1, size)]
+    if found == expected:
+        return None
+    found += [None] * (len(expected) - len(found))
+    return next((k, it) for k, it in enumerate(found) if it != expected[k])
 
 
 def _error(
@@ -110,11 +119,20 @@ def read_latents(directory: Directory, location: LatentLocation, first: int, las
 
 
 def read_media(directory: Directory, row: Mapping[str, Any]) -> bytes:
-    """The encoded media of one `trajectories` row. Raises CorruptionError when its bytes are not those written."""
-    file, length, expected = row["media_file"], row["media_length"], row["media_crc32"]
+    """The encoded media of one `trajectories` row.
+
+    Raises CorruptionError when its bytes are not those written, and StoreError when the row contradicts itself.
+    """
+    file, offset, length, expected = (row[f"media_{name}"] for name in ("file", "offset", "length", "crc32"))
+    if None in (file, offset, length, expected) or not (0 <= length <= LARGEST_MEDIA and 0 <= offset <= 2**62):
+        raise StoreError(
+            f"{file}: the index row of {row['trajectory_id']} contradicts itself: its media would be {length} bytes at offset "
+            f"{offset}, with crc32 {expected}"
+        )
+    check_file(file)
     member = f"{row['trajectory_id']}.{row['media_format']}"
     try:
-        data = directory.read_range(file, row["media_offset"], length)
+        data = directory.read_range(file, offset, length)
     except FileNotFoundError as error:
         raise CorruptionError(file, member, expected, None, missing=True) from error
     if len(data) != length:

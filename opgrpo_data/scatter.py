@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, islice
 
-from opgrpo_data.direct import SHORTEST, chunks, mostly_cold
 from opgrpo_data.files import Range
 
 OPEN_FILES = 128
@@ -33,7 +32,6 @@ class Run:
     ranges: which of those asked for. buffers: where their bytes go, and those of the gaps between them; used up from the front.
     """
 
-    file: str
     descriptor: int
     offset: int
     end: int
@@ -52,20 +50,6 @@ class Run:
             if not count:
                 return
             self._advance(count)
-
-    def fill_direct(self) -> None:
-        """Read on to the end of the run, or of the file, past the page cache, if the filesystem can do that."""
-        try:
-            for chunk in chunks(self.file, self.offset, self.end):
-                begin = 0
-                for buffer in self.buffers:
-                    part = chunk[begin : begin + len(buffer)]
-                    buffer[: len(part)] = part
-                    begin += len(part)
-                self._advance(len(chunk))
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
 
     def _advance(self, count: int) -> None:
         """So many bytes were read into the buffers."""
@@ -97,12 +81,12 @@ def read_scattered(ranges: Sequence[Range], into: memoryview) -> list[int]:
         try:
             for file, members in some:
                 try:
-                    descriptor = os.open(file, os.O_RDONLY)
+                    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # nobody writes to a pipe in a store
                 except (FileNotFoundError, NotADirectoryError):
                     continue
                 opened.append(descriptor)
                 _advise(descriptor, 0, 0, "POSIX_FADV_RANDOM")  # else the kernel reads on behind each range
-                runs += _runs(file, descriptor, members, ranges, places, into, gap)
+                runs += _runs(descriptor, members, ranges, places, into, gap)
             _read(runs)
         finally:
             for descriptor in opened:
@@ -119,22 +103,15 @@ def _advise(descriptor: int, offset: int, length: int, advice: str) -> None:
 
 
 def _read(runs: Sequence[Run]) -> None:
-    cold = []
     for run in runs:
-        if run.end - run.offset >= SHORTEST and mostly_cold(run.descriptor, run.offset, run.end - run.offset):
-            cold.append(run)
-            continue
         run.fill(NOWAIT)
         if run.buffers:
             run.hint()
-    for run in cold:
-        run.fill_direct()
     for run in runs:
         run.fill(0)
 
 
 def _runs(
-    file: str,
     descriptor: int,
     members: Sequence[int],
     ranges: Sequence[Range],
@@ -150,7 +127,7 @@ def _runs(
         if run is None or not 0 <= apart <= GAP_BYTES or len(run.ranges) == RANGES_A_READ:
             if run:
                 yield run
-            run = Run(file, descriptor, wanted.offset, wanted.offset)
+            run = Run(descriptor, wanted.offset, wanted.offset)
         elif apart:
             run.buffers.append(gap[:apart])
         run.ranges.append(i)

@@ -18,6 +18,8 @@ DIGITS = 8
 UNSEALED = f"{MARK.decode()}{'0' * DIGITS}"
 """What a file holds before `sealed` fills it in."""
 KEY = "seal"
+JSON_BYTES = 64 * 2**20
+"""The longest JSON file that is read. As objects it may take 25 times as much."""
 
 
 def sealed(data: bytes) -> bytes:
@@ -44,6 +46,8 @@ def sealed_json(document: Mapping[str, Any], **style: Any) -> bytes:
 
 def read_json(data: bytes) -> dict[str, Any]:
     """The object of a JSON file, without its seal. Raises ValueError whose message goes on after the file's name."""
+    if len(data) > JSON_BYTES:
+        raise ValueError(f"has {len(data)} bytes, {JSON_BYTES} at most are read")
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:

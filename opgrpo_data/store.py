@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from opgrpo_data import ids, schema
+from opgrpo_data.bounds import read_bounded
+from opgrpo_data.documents import document_problem
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.io import Directory, checked_name
 from opgrpo_data.seal import check_seal, read_json, sealed_json
@@ -50,13 +51,6 @@ REMADE = {
     "plans": ", or remove it and run `opgrpo select` for that iteration again",
     "densities": ", or remove it and run `opgrpo rollout` for that iteration again",
 }
-
-DOCUMENT_KEYS = {
-    "policies": {"policy_id", "created_at"},
-    "runs": {"run_id", "config", "command", "software", "created_at"},
-    "pins": {"run_id", "pinned_at"},
-}
-
 
 class Store:
     """An opened store. Build it with `Store.create` or `Store.open`."""
@@ -106,10 +100,10 @@ class Store:
         wanted = TABLES[kind].schema
         try:
             check_seal(data)
-            return schema.conform(pq.read_table(pa.BufferReader(data), page_checksum_verification=True), wanted)
+            return schema.conform(read_bounded(data, wanted.names), wanted)
         except (pa.ArrowException, OSError, ValueError) as error:  # depending on which byte is damaged
             raise StoreError(
-                f"{path} is damaged ({error}): restore it from a copy{REMADE.get(path.split('/')[0], '')}"
+                f"{path} is damaged ({' '.join(str(error).split())}): restore it from a copy{REMADE.get(path.split('/')[0], '')}"
             ) from error
 
     def files(self, kind: str, *, run: str = "*", iteration: int | None = None, reward: str = "*") -> list[str]:
@@ -159,9 +153,8 @@ class Store:
         """The JSON documents whose paths match a glob, in the order of their names."""
         for path in self.directory.list(pattern):
             document = _document(self.directory, path, path)
-            needed = DOCUMENT_KEYS[path.split("/")[0]]
-            if not needed <= set(document):
-                raise StoreError(f"{path} is no object with {sorted(needed)}: the store was damaged, restore it from a copy")
+            if problem := document_problem(path, document):
+                raise StoreError(f"{path} {problem}: the store was damaged, restore it from a copy")
             yield document
 
     # -- quarantine -------------------------------------------------------------------------------------------------

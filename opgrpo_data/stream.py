@@ -1,18 +1,16 @@
-"""A plan to batches: a thread reads and verifies the latents of the next microsteps while one is trained on."""
+"""A plan to batches: threads read and verify the latents of the next microsteps while one is trained on."""
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from opgrpo_data.errors import CorruptionError
@@ -21,9 +19,9 @@ from opgrpo_data.locations import Int64s, Locations, Spans
 from opgrpo_data.reading import Read, memory, read_many
 
 RING = 3
-"""Buffers: one is trained on, one is ready, one is being filled."""
+"""Buffers: one is trained on, the others are being filled, or full."""
 
-WINDOW_BYTES = 16 * 2**20
+WINDOW_BYTES = 32 * 2**20
 """Small microsteps are read together, up to this size: then the disk is asked for many at once, in the order they lie in."""
 
 
@@ -56,8 +54,8 @@ def stream(directory: Directory, plan: pa.Table, rank: int = 0) -> Iterator[Batc
     A pure function of the plan: to go on where training stopped, give it the plan's remaining rows. Only the bytes that
     training needs are read. Memory: RING buffers, each as large as the largest batch, or as WINDOW_BYTES where that is more;
     they begin at a page, so that they can be pinned. Raises StoreError when a row contradicts itself and IndexError when a
-    trajectory lacks the latents that are asked for; both before the first batch. Other errors of the thread are raised
-    where the batch was due. A thread runs until the iterator ends or is closed.
+    trajectory lacks the latents that are asked for; both before the first batch. Other errors of reading are raised where
+    the batch was due. The threads end when the iterator ends or is closed.
     """
     schedule = _Schedule.of(plan, rank)
     if schedule.windows:
@@ -76,15 +74,16 @@ class _Schedule:
 
     @classmethod
     def of(cls, plan: pa.Table, rank: int) -> _Schedule:
-        mine = plan.filter(pc.equal(plan["rank"], rank))
-        keys = np.stack([mine[name].to_numpy().astype(np.int64) for name in ("optimizer_step", "microstep")])
+        keys = np.stack([plan[name].to_numpy().astype(np.int64) for name in ("optimizer_step", "microstep")])
         order = np.lexsort(keys[::-1])  # stable: within a microstep the plan's order
-        keys, table = keys[:, order], mine.take(order).combine_chunks()
+        order = order[plan["rank"].to_numpy()[order] == rank]
+        whole = np.array_equal(order, np.arange(plan.num_rows))  # as `select` writes it for one rank
+        keys, table = keys[:, order], plan if whole else plan.take(order)
         first, last = (table[name].to_numpy().astype(np.int64) for name in ("first_latent", "last_latent"))
         spans = Spans.of(Locations.of(table), first, last)
         changes = np.flatnonzero(np.diff(keys, axis=1).any(axis=0)) + 1
         edges = [0, *changes.tolist(), table.num_rows] if table.num_rows else [0]
-        return cls(table, spans, keys, edges, _windows([spans[begin:end].total for begin, end in pairwise(edges)]))
+        return cls(table, spans, keys, edges, _windows(np.add.reduceat(spans.length, edges[:-1]).tolist() if edges[1:] else []))
 
     def rows_of(self, window: range) -> slice:
         return slice(self.edges[window.start], self.edges[window.stop])
@@ -115,36 +114,18 @@ def _windows(sizes: list[int]) -> list[range]:
 
 
 def _read_ahead(directory: Directory, schedule: _Schedule) -> Iterator[Batch]:
-    largest = max(schedule.spans[schedule.rows_of(window)].total for window in schedule.windows)
-    free: SimpleQueue[NDArray[np.uint8] | None] = SimpleQueue()
-    ready: SimpleQueue[tuple[NDArray[np.uint8], list[Read]] | BaseException] = SimpleQueue()
-    stopped = threading.Event()
-
-    def produce() -> None:
+    wanted = [schedule.spans[schedule.rows_of(window)] for window in schedule.windows]
+    buffers = [memory(max(spans.total for spans in wanted)) for _ in wanted[:RING]]
+    # Two at a time, by one thread each: while the disk works for one, the bytes of the other are judged.
+    with ThreadPoolExecutor(RING - 1, "opgrpo-stream") as pool:
+        started = deque(pool.submit(read_many, directory, *it, 1) for it in zip(wanted, buffers, strict=False))
         try:
-            for window in schedule.windows:
-                buffer = free.get()
-                if buffer is None or stopped.is_set():
-                    return
-                ready.put((buffer, read_many(directory, schedule.spans[schedule.rows_of(window)], buffer)))
-        except BaseException as error:  # handed over: a reader that dies silently would hang the trainer
-            ready.put(error)
-
-    for _ in range(min(RING, len(schedule.windows))):
-        free.put(memory(largest))
-    reader = threading.Thread(target=produce, name="opgrpo-stream", daemon=True)
-    reader.start()
-    try:
-        for window in schedule.windows:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            buffer, read = item
-            start = schedule.edges[window.start]
-            for number in window:
-                yield schedule.batch(number, read[schedule.edges[number] - start : schedule.edges[number + 1] - start])
-            free.put(buffer)
-    finally:
-        stopped.set()
-        free.put(None)
-        reader.join()
+            for number, window in enumerate(schedule.windows):
+                read, start = started.popleft().result(), schedule.edges[window.start]
+                for batch in window:
+                    yield schedule.batch(batch, read[schedule.edges[batch] - start : schedule.edges[batch + 1] - start])
+                if number + RING < len(wanted):
+                    started.append(pool.submit(read_many, directory, wanted[number + RING], buffers[number % RING], 1))
+        finally:
+            for future in started:
+                future.cancel()

@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 
 from opgrpo_data import generations, seal, tensors
 from opgrpo_data.checksum import crc32
+from opgrpo_data.documents import DOCUMENT_KEYS, document_problem
 from opgrpo_data.errors import StoreError
 from opgrpo_data.shard_checks import Damage, Shard
-from opgrpo_data.store import DOCUMENT_KEYS, MARKER, TABLES, Store
+from opgrpo_data.store import MARKER, TABLES, Store
 
 SEALED_SINCE = (1, 2)
 UNSEALED_FILES = "migrations/*.json"
@@ -138,8 +139,8 @@ class _Verification:
         document = self._document(path)
         if document is None:
             return
-        if missing := sorted(DOCUMENT_KEYS[kind] - document.keys()):
-            self._find(path, f"it lacks {missing}")
+        if problem := document_problem(path, document):
+            self._find(path, f"it {problem}")
             return
         for needed in _needed(kind, document):
             if needed not in self.sizes:

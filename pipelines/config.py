@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from opgrpo_data import ids
 from opgrpo_data.buffer import BufferRule
 from opgrpo_data.io import NAME
 from opgrpo_data.plan import PlanRule, WeightRule
+from pipelines.plain_yaml import parse_yaml
 from pipelines.settings import (
     EvalConfig,
     OfflineConfig,
@@ -28,6 +28,9 @@ from pipelines.settings import (
     Section,
     TrainConfig,
 )
+
+SHOWN = 200
+"""Characters of a wrong value that an error shows."""
 
 
 class ConfigError(ValueError):
@@ -210,13 +213,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError with one line that names every wrong key or value, the nearest known key, and the file.
     """
     try:
-        document = yaml.safe_load(path.read_text())
+        document = parse_yaml(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"no config file {path}") from error
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, not {type(document).__name__}")
     for override in overrides:
@@ -243,18 +246,18 @@ def _apply(document: dict[str, Any], override: str) -> None:
         if not isinstance(document, dict):
             raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
     try:
-        document[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+        document[last] = parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"--set {override[:SHOWN]!r}: the value is not YAML: {error}") from error
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+    key = _shortened(".".join(location))
     if key == "rollout.sampler" and problem["input"] == "ode":
         return "rollout.sampler: ode has no noise, hence no density and no ratio to train with; evaluation uses it by itself"
     if problem["type"] != "extra_forbidden":
-        given = "" if problem["type"] in ("missing", "value_error") else f", got {problem['input']!r}"
+        given = "" if problem["type"] in ("missing", "value_error") else f", got {_shortened(repr(problem['input']))}"
         said = str(problem["msg"]).removeprefix("Value error, ")
         return f"{key}: {said}{given}" if key else said
     known = list(_known_keys(RunConfig))
@@ -263,6 +266,10 @@ def _explain(problem: Mapping[str, Any]) -> str:
         by_last_part[name] for name in difflib.get_close_matches(location[-1], by_last_part, n=1)
     ]
     return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opgrpo_data.verify import Report
-
     from pipelines.experiment import Outcome
     from pipelines.loop import Result
 
@@ -20,6 +19,9 @@ PIPE_WIDTH = 100_000
 LEARNING_CURVE = (
     "SELECT iteration, count(*) AS n, avg(value) AS reward FROM trajectories JOIN rewards USING (trajectory_id) "
     "WHERE {mine} AND reward = '{reward}' GROUP BY 1 ORDER BY 1"
+)
+TRAINED_ON = (
+    "SELECT iteration, count(*) AS n, avg(reward) AS reward, avg(age) AS age FROM updates WHERE {mine} GROUP BY 1 ORDER BY 1"
 )
 OLDEST_ENTRIES = (
     "SELECT text, decayed_reward, age FROM buffer JOIN prompts USING (prompt_id) "
@@ -85,9 +87,10 @@ def show_result(config: Path, overrides: list[str], result: Result) -> None:
     print(f"store: {result.store} (run {result.run_id}, policy {result.policy_id})\ngo on with:")
     mine, last = f"run_id = '{result.run_id}'", result.iterations - 1
     longer = [*(part for override in overrides for part in ("--set", override)), "--set", f"iterations={2 * result.iterations}"]
+    drawn = [LEARNING_CURVE.format(mine=mine, reward=result.reward), OLDEST_ENTRIES.format(mine=mine, last=last)]
+    asked = drawn if result.algorithm != "offline" else [TRAINED_ON.format(mine=mine)]
     for command in (
-        ["opgrpo", "sql", "--store", result.store, LEARNING_CURVE.format(mine=mine, reward=result.reward)],
-        ["opgrpo", "sql", "--store", result.store, OLDEST_ENTRIES.format(mine=mine, last=last)],
+        *(["opgrpo", "sql", "--store", result.store, query] for query in asked),
         ["opgrpo", "run", str(config), "--store", result.store, *longer],
     ):
         print(f"  {' '.join(map(_quoted, command))}")

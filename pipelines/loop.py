@@ -32,13 +32,14 @@ GRID_PICTURES = 5
 class Result:
     """What a run came to.
 
-    reward: what was trained on. policy_id: the averaged weights after the last iteration. held_out_before, held_out_after:
-    mean evaluation reward of the base policy and of that one; gain_error: standard error of their difference. None without
-    held-out prompts.
+    algorithm: of the configuration. reward: what was trained on. policy_id: the averaged weights after the last iteration.
+    held_out_before, held_out_after: mean evaluation reward of the base policy and of that one; gain_error: standard error of
+    their difference. None without held-out prompts.
     """
 
     store: str
     run_id: str
+    algorithm: str
     reward: str
     policy_id: str
     iterations: int
@@ -68,7 +69,7 @@ def run(experiment: Experiment) -> Result:
         _iterate(experiment, iteration)
     policy_id = experiment.keep_average(last)
     reward = experiment.reward(experiment.config.reward).name
-    common = (experiment.store.directory.url, experiment.run_id, reward, policy_id, last)
+    common = (experiment.store.directory.url, experiment.run_id, experiment.config.algorithm, reward, policy_id, last)
     if not measured:
         return Result(*common, None, None, None, 0, time.monotonic() - began, None)
     before, after = evaluate(experiment, 0), evaluate(experiment, last)

@@ -17,20 +17,6 @@ from pipelines.score import score_shards
 from pipelines.settings import RewardConfig
 
 
-def reward_config(name: str, options: str) -> RewardConfig:
-    """The configuration of a reward that is named on the command line; its options are a JSON object.
-
-    Raises ValueError when they are none.
-    """
-    try:
-        given = json.loads(options)
-    except ValueError as error:
-        raise ValueError(f"--options {options!r} is not JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f'--options must be a JSON object, like {{"quality": 90}}, got {options!r}')
-    return RewardConfig(name=name, options=given)
-
-
 def rescore(store: Store, config: RewardConfig, *, run: str | None, dry_run: bool, progress: Progress) -> Outcome:
     """Score every trajectory of the store, or of one run, that lacks a value of this reward in its present version.
 

@@ -96,7 +96,8 @@ def test_every_command_shown_runs(
             assert ended.returncode == 0, f"{command}\n{ended.stderr}"
         else:
             assert words[0] == "opgrpo", f"the pages show a command that the tests do not know how to run: {words}"
-            shorter = SHORTER if words[1] in ("run", "quickstart") and "--dry-run" not in words else []
+            runs = words[1] in ("run", "quickstart") or "--offline" in words
+            shorter = SHORTER if runs and "--dry-run" not in words else []
             opgrpo(*words[1:], *shorter)
 
 

@@ -14,7 +14,7 @@ from benchmarks.faults.kills import Log, Victim
 from opgrpo_data.compaction import compact
 from opgrpo_data.garbage import collect
 from opgrpo_data.io import Directory
-from opgrpo_data.store import Store, iteration_folder
+from opgrpo_data.store import Store
 
 
 def index_first(store: Store, iteration: int, shard: int, *, writer: int = 0, shape: Sequence[int] = SHAPE) -> bool:

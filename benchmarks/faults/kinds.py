@@ -38,7 +38,7 @@ def _killed(victim: Victim, proofs: Mapping[str, Victim], work: Path, count: int
     for what, wrong in proofs.items():
         trials = Tally(seed, what)
         while trials.lost == 0 and trials.tried < MOST_PROOFS:
-            trials.add(kill(wrong, work, PROOFS_AT_ONCE, seed + trials.tried))
+            trials.add(kill(wrong, work, PROOFS_AT_ONCE, seed + trials.tried, sound=victim if wrong.prepare == victim.prepare else None))
         tally.prove(what, trials)
     return tally
 

@@ -272,7 +272,7 @@ def imported_template() -> Path:
 
 def import_all(url: str, log: Log) -> None:
     """Take over another store."""
-    import_dataset(str(imported_template()), Store.open(url), merge=True)
+    import_dataset(str(imported_template()), url, merge=True)
     log("store.json")
 
 

@@ -12,9 +12,10 @@ from pipelines.config import RunConfig, load_config
 from pipelines.experiment import Experiment
 from pipelines.policies.loading import quiet_libraries
 from pipelines.progress import Progress
-from pipelines.rescore import rescore, reward_config
+from pipelines.rescore import rescore
 from pipelines.rollout import rollout
 from pipelines.score import score
+from pipelines.settings import RewardConfig
 
 CONFIG = Path(__file__).parents[2] / "examples/quickstart.yaml"
 REWARD = "sharpness"
@@ -46,7 +47,7 @@ def _once(store: Path, config: RunConfig) -> tuple[float, float]:
     rollout(experiment, 0)
     score(experiment, 0)
     between = time.perf_counter()
-    rescore(experiment.store, reward_config(REWARD, "{}"), run=None, dry_run=False, progress=progress)
+    rescore(experiment.store, RewardConfig(name=REWARD), run=None, dry_run=False, progress=progress)
     end = time.perf_counter()
     shutil.rmtree(store)
     return between - began, end - between

@@ -47,7 +47,7 @@ def measure(work: Path, quick: bool) -> dict[str, Measure]:
     """stream_cold_sd3, stream_warm_sd3, stream_cold_small: ratios of speeds. stall_ms_sd3: of a batch, training on another."""
     repeats = 2 if quick else 7
     sd3 = _Planned(work / "sd3", SD3, groups=2 if quick else 48)
-    small = _Planned(work / "small", SMALL, groups=2 if quick else 512)
+    small = _Planned(work / "small", SMALL, groups=2 if quick else 64, iterations=1 if quick else 8)
     return {
         "stream_cold_sd3": sd3.compared(repeats, 0.75, cold=True),
         "stream_warm_sd3": sd3.compared(repeats, 0.85, cold=False),
@@ -57,36 +57,36 @@ def measure(work: Path, quick: bool) -> dict[str, Measure]:
 
 
 class _Planned:
-    """A store of this iteration's groups and of older shards, and the plan that `opgrpo select` makes of them."""
+    """A store of some iterations' groups and of older shards, and the plans that `opgrpo select` makes of them."""
 
-    def __init__(self, place: Path, size: Size, *, groups: int) -> None:
+    def __init__(self, place: Path, size: Size, *, groups: int, iterations: int = 1) -> None:
         store = Store.create(str(place))
-        for iteration, each in ((0, 2), (1, GROUPS_A_SHARD * GROUP)):  # of the old shards, one trajectory each comes back
-            made = records(size, groups * (2 if iteration == 0 else GROUP), iteration=iteration)
-            folder, shard = iteration_folder("trajectories", "benchmark", iteration), 0
-            while some := list(islice(made, each)):
-                write_shard(store.directory, folder, f"{shard:05d}", some)
-                shard += 1
         self.directory, self.size = store.directory, size
-        old, new = (store.read_tables("trajectories", store.files("trajectories", iteration=i)) for i in (0, 1))
-        fresh = new.filter(pc.less(new["member_index"], GROUP - 1))
-        self.plan = _plan(fresh, _reused(old.take(np.arange(groups) * 2)), 1)
-        assert self.plan.num_rows == groups * GROUP
+        old = _written(store, size, 0, groups * iterations * 2, 2)  # one trajectory of each such shard comes back
+        self.plans = []
+        for k in range(iterations):
+            new = _written(store, size, 1 + k, groups * GROUP, GROUPS_A_SHARD * GROUP)
+            fresh = new.filter(pc.less(new["member_index"], GROUP - 1))
+            replayed = old.take((np.arange(groups) + k * groups) * 2)
+            self.plans.append(_plan(fresh, _reused(replayed), 1 + k))
+        self.rows = sum(plan.num_rows for plan in self.plans)
+        assert self.rows == iterations * groups * GROUP
         self.tars = sorted(place.rglob("*.latents.tar"))
-        self.fresh = sorted(place.glob("trajectories/*/iter=000001/*.latents.tar"))
+        self.fresh = [tar for tar in self.tars if tar.parent.name != "iter=000000"]
         self.into = memory(RING * max(GROUP * size.latent_bytes, WINDOW_BYTES))
 
     def ours(self) -> float:
         """Bytes a second."""
         began, total = time.perf_counter(), 0
-        for batch in stream(self.directory, self.plan):
-            assert not batch.damaged
-            total += sum(latents.nbytes for latents in batch.latents)
-        assert total == self.plan.num_rows * self.size.latent_bytes
+        for plan in self.plans:
+            for batch in stream(self.directory, plan):
+                assert not batch.damaged
+                total += sum(latents.nbytes for latents in batch.latents)
+        assert total == self.rows * self.size.latent_bytes
         return total / (time.perf_counter() - began)
 
     def compared(self, repeats: int, bound: float, *, cold: bool) -> Measure:
-        """Both by turns. The limit reads the tars of the iteration into memory of the ring's size."""
+        """Both by turns. The limit reads the tars of these iterations into memory of the ring's size."""
         ours, limits = [], []
         for _ in range(repeats + 1):
             if cold:
@@ -97,13 +97,13 @@ class _Planned:
             ours.append(self.ours())
         ours, limits = ours[1:], limits[1:]  # the first fills the page cache, and touches new memory
         speeds = [median(it) / 1e9 for it in (ours, limits)]
-        told = f"{speeds[0]:.2f} GB/s verified, raw {speeds[1]:.2f} GB/s; {self.plan.num_rows:,} trajectories, shuffled"
+        told = f"{speeds[0]:.2f} GB/s verified, raw {speeds[1]:.2f} GB/s; {self.rows:,} trajectories, shuffled"
         return measured([a / b for a, b in zip(ours, limits, strict=True)], ">=", bound, SEQUENTIAL, told)
 
     def stall(self) -> Measure:
         """Milliseconds that each batch is waited for, its rows included; what a step needs before the first is not counted."""
         raw.drop(self.tars)
-        batches = stream(self.directory, self.plan)
+        batches = stream(self.directory, self.plans[0])
         stalls = []
         while True:
             began = time.perf_counter()
@@ -116,6 +116,15 @@ class _Planned:
         first, stalls = stalls[0], stalls[1:]
         told = f"mean {mean(stalls):.2f} ms, worst {max(stalls):.1f} ms of {len(stalls)}; the first batch took {first:.0f} ms"
         return measured(stalls, "<=", 2.0, f"ms a batch of {GROUP} at a step of {STEP_SECONDS * 1e3:.0f} ms, cold", told)
+
+
+def _written(store: Store, size: Size, iteration: int, count: int, each: int) -> pa.Table:
+    """So many new trajectories of one iteration, in shards of `each`."""
+    made, folder, shard = records(size, count, iteration=iteration), iteration_folder("trajectories", "benchmark", iteration), 0
+    while some := list(islice(made, each)):
+        write_shard(store.directory, folder, f"{shard:05d}", some)
+        shard += 1
+    return store.read_tables("trajectories", store.files("trajectories", iteration=iteration))
 
 
 def _plan(rows: pa.Table, reused: pa.Table, iteration: int) -> pa.Table:

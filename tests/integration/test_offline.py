@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import load_config
-from tests.integration.harness import opgrpo, opgrpo_json
+from tests.integration.harness import opgrpo_json
 from tests.integration.test_kill import run_until
 
 SETTINGS = ["iterations=2", "name=later", "algorithm=offline", "eval.every=null", "eval.samples=2"]
@@ -55,8 +55,3 @@ def test_the_commands(finished: tuple[Path, dict[str, Any]], config: Path, tmp_p
         14,
         False,
     )  # two continue a prefix
-    failed = opgrpo("score", "--reward", "jpeg_compressibility", "--options", "[]", "--store", store, check=False)
-    assert (failed.returncode, failed.stderr) == (
-        1,
-        "error: --options must be a JSON object, like {\"quality\": 90}, got '[]'\n",
-    )

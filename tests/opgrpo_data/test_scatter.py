@@ -135,17 +135,17 @@ def test_what_is_not_in_memory_is_waited_for(folder: Path, error: int) -> None:
         return real(descriptor, buffers, offset, flags)
 
     def hint(descriptor: int, offset: int, length: int, advice: int) -> None:
-        assert advice == os.POSIX_FADV_WILLNEED
-        hinted.append((offset, length))
+        if advice == os.POSIX_FADV_WILLNEED:
+            hinted.append((offset, length))
 
-    ranges = [Range(str(folder / "d"), offset, 40_000) for offset in (0, 100_000)]
+    ranges = [Range(str(folder / "d"), offset, 40_000) for offset in (0, 120_000)]
     with (
         patch.object(scatter.os, "preadv", cold),
         patch.object(scatter.os, "posix_fadvise", hint),
         patch.object(scatter, "HINT_BYTES", 30_000),
     ):
         check(ranges)
-    assert hinted == [(0, 30_000), (30_000, 10_000), (100_000, 30_000), (130_000, 10_000)]
+    assert hinted == [(0, 30_000), (30_000, 10_000), (120_000, 30_000), (150_000, 10_000)]
 
 
 def test_an_error_of_the_disk_is_no_missing_file(folder: Path) -> None:

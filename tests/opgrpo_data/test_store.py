@@ -283,7 +283,7 @@ def test_weights_without_their_document_are_no_policy_yet(store: Store) -> None:
 @pytest.mark.parametrize("content", ["{}", "[]", "3", '{"policy_id": "p1"}'])
 def test_a_document_that_lacks_what_it_must_have_is_named(store: Store, content: str) -> None:
     store.directory.publish("policies/p1/policy.json", content.encode())
-    with pytest.raises(StoreError, match=r"policies/p1/policy\.json (is no|holds no JSON) object.*: the store was damaged"):
+    with pytest.raises(StoreError, match=r"policies/p1/policy\.json (lacks|holds no JSON object).*: the store was damaged"):
         list(store.documents("policies/*/policy.json"))
 
 

@@ -56,7 +56,7 @@ def windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def readers() -> list[threading.Thread]:
     """Reader threads that are alive."""
-    return [thread for thread in threading.enumerate() if thread.name == "opgrpo-stream"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("opgrpo-stream")]
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_an_abandoned_stream_leaves_no_thread_behind(store: Store, taken: int, m
     batches = stream(store.directory, plan_for(store, microbatch=1))  # twelve buffers: the reader waits when we leave
     for _ in range(taken):
         next(batches)
-    assert len(readers()) == 1
+    assert 1 <= len(readers()) < RING
     began = time.perf_counter()
     batches.close()  # type: ignore[attr-defined]  # what leaving a `for` loop does
     assert time.perf_counter() - began < 5

@@ -388,13 +388,13 @@ def test_documents(store: Store) -> None:
     def publish(path: str, document: dict[str, Any]) -> None:
         overwrite(store.directory, path, sealed_json(document))
 
-    publish("policies/a/policy.json", {"policy_id": "a"})
-    publish("policies/b/policy.json", {"policy_id": "b", "created_at": "now", "kind": "average"})
     [run] = store.documents("runs/*.json")
+    publish("policies/a/policy.json", {"policy_id": "a"})
+    publish("policies/b/policy.json", {"policy_id": "b", "created_at": run["created_at"], "kind": "average"})
     publish(f"runs/{RUN}.json", run | {"prompts": {"train": "prompts/gone.parquet"}, "base_policy_id": "gone"})
-    publish("pins/ghost.json", {"run_id": "ghost", "pinned_at": "now"})
+    publish("pins/ghost.json", {"run_id": "ghost", "pinned_at": run["created_at"]})
     overwrite(store.directory, "runs/torn.json", b'{"run_id": "to')
-    overwrite(store.directory, "runs/unsealed.json", json.dumps(run).encode())
+    overwrite(store.directory, "runs/unsealed.json", json.dumps(run | {"run_id": "unsealed"}).encode())
     assert {(path, problem.partition(" (")[0]) for path, _, problem in told(verify(store, deep=False))} == {
         ("policies/a/policy.json", "it lacks ['created_at']"),
         ("policies/b/policy.json", "it speaks of policies/b/weights.safetensors, which is not there"),

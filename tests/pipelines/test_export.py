@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from opgrpo_data.catalog import Catalog
+from opgrpo_data.errors import StoreError
 from pipelines import export as module
 from pipelines import sampler
 from pipelines.embedded import PIPELINE_DIR
@@ -163,7 +164,7 @@ def test_lineage_is_that_of_the_policy_and_its_run(replayed: Path, tmp_path: Pat
     experiment = forked(replayed, tmp_path)
     for iteration, told in ((0, "0 trajectories of 0 prompts, 0 of"), (1, "8 trajectories of 2"), (2, "16 trajectories of 4")):
         learner = experiment.learner(iteration)
-        export(experiment.store, learner.policy_id, tmp_path / str(iteration))
+        export(experiment.store, learner.policy_id, tmp_path / str(iteration), trust_code=True)
         assert f"- data: {told}" in _card(tmp_path / str(iteration))[1]
     assert "- parent policy none, base policy" in _card(tmp_path / "0")[1]
 
@@ -241,6 +242,13 @@ def test_a_policy_that_is_no_pipeline(tmp_path: Path) -> None:
     experiment = created(tmp_path, small(policy={"family": "tests.pipelines.test_export:wrapped"}))
     told = "^policy family 'tests.pipelines.test_export:wrapped' is no diffusers pipeline: it cannot be exported$"
     with pytest.raises(ValueError, match=told):
+        export(experiment.store, experiment.document["base_policy_id"], tmp_path / "out", trust_code=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_that_the_store_names_is_not_run_unasked(tmp_path: Path) -> None:
+    experiment = created(tmp_path, small(policy={"family": "tests.pipelines.test_export:wrapped"}))
+    with pytest.raises(StoreError, match=r"built by 'tests\.pipelines\.test_export:wrapped', Python code .* add --trust-code"):
         export(experiment.store, experiment.document["base_policy_id"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

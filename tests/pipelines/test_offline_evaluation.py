@@ -44,7 +44,8 @@ def base(experiment: Experiment) -> str:
 
 def evaluated(store: Store, policy_id: str, **options: Any) -> Estimate:
     """By the reward that the run has; its model is the tests' own code."""
-    return evaluate_offline(store, policy_id, **({"reward": "moody", "trust_code": True} | options))
+    asked: dict[str, Any] = {"reward": "moody", "trust_code": True} | options
+    return evaluate_offline(store, policy_id, **asked)
 
 
 def fresh(experiment: Experiment, iteration: int | None = None) -> list[Row]:

@@ -14,7 +14,7 @@ from opgrpo_data.schema import DROPPED, table_of
 from opgrpo_data.store import Store, now
 from pipelines.experiment import Experiment, Outcome
 from pipelines.progress import Progress
-from pipelines.rescore import rescore, reward_config, run_of, stored_prompts
+from pipelines.rescore import rescore, run_of, stored_prompts
 from pipelines.rollout import rollout
 from pipelines.score import score
 from pipelines.selection import select
@@ -171,15 +171,6 @@ def test_a_prompt_that_is_lost_is_an_error_row(experiment: Experiment, mood: Moo
 
 def test_a_worker_scores_for_the_store_too(experiment: Experiment) -> None:
     assert again(experiment.store, RewardConfig(name="jpeg_compressibility", workers=1, batch_size=3)).done == 8
-
-
-def test_options_are_a_json_object() -> None:
-    assert reward_config("clip_score", '{"model": "x"}') == RewardConfig(name="clip_score", options={"model": "x"})
-    for options in ("[1]", "1", '"x"'):
-        with pytest.raises(ValueError, match="--options must be a JSON object, like"):
-            reward_config("scene_soft", options)
-    with pytest.raises(ValueError, match=r"--options '\{' is not JSON: Expecting"):
-        reward_config("scene_soft", "{")
 
 
 def test_stored_metadata_reaches_the_reward_as_it_was(experiment: Experiment) -> None:

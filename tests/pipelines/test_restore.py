@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opgrpo_data.errors import StoreError
+from opgrpo_data.seal import read_json, sealed_json
 from opgrpo_data.store import Store
 from pipelines import sampler, weights
 from pipelines.embedded import PIPELINE_DIR
@@ -50,10 +51,10 @@ def test_last_is_how_far_the_newest_run_has_come(replayed: Path, tmp_path: Path)
     experiment = forked(replayed, tmp_path)
     newest = experiment.keep_average(2)
     for stored in (newest, experiment.keep_average(1)):
-        last = restore(experiment.store, "last")
+        last = restore(experiment.store, "last", trust_code=True)
         assert (last.document["policy_id"], last.document["iteration"]) == (newest, 2)
         assert weights.policy_id(weights.trainable(last.policy.trainable)) == newest
-        assert restore(experiment.store, stored[:6]).document["policy_id"] == stored
+        assert restore(experiment.store, stored[:6], trust_code=True).document["policy_id"] == stored
 
 
 def test_there_may_be_no_last(replayed: Path, tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_there_may_be_no_last(replayed: Path, tmp_path: Path) -> None:
     experiment = forked(replayed, tmp_path)
     message = "the store has no averaged policy yet: finish a run, or name a policy of the view policies"
     with pytest.raises(StoreError, match=message):
-        restore(experiment.store, "last")
+        restore(experiment.store, "last", trust_code=True)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_last_may_be_no_policy_of_its_own(planned: Path, tmp_path: Path, ema: di
     experiment = forked(planned, tmp_path, train=ema)
     train(experiment, 0)
     policy_id = experiment.keep_average(1)
-    last = restore(experiment.store, "last")
+    last = restore(experiment.store, "last", trust_code=True)
     assert (last.document["policy_id"], last.document["kind"]) == (policy_id, kind)
     assert policy_id == (experiment.learner(1).policy_id if kind == "trained" else experiment.document["base_policy_id"])
 
@@ -83,7 +84,7 @@ def test_every_kind_of_policy_comes_back(trained: Trained, kind: str) -> None:
     ids, found = _ids(experiment.store), {}
     assert ids.keys() == {"base", "trained", "average"}
     for name, policy_id in ids.items():
-        restored = restore(experiment.store, policy_id)
+        restored = restore(experiment.store, policy_id, trust_code=True)
         assert restored.document["policy_id"] == policy_id
         assert restored.run["base_policy_id"] == ids["base"]
         assert restored.config == experiment.config.policy
@@ -107,25 +108,25 @@ def test_an_id_is_known_by_its_beginning(trained: Trained, tmp_path: Path) -> No
     twin = f"{policy_id[:6]}{'0' if policy_id[6] != '0' else '1'}{policy_id[7:]}"
     shutil.copytree(tmp_path / f"store/policies/{policy_id}", tmp_path / f"store/policies/{twin}")
     file = tmp_path / f"store/policies/{twin}/policy.json"
-    told = file.read_text()
+    document = read_json(file.read_bytes())
     file.unlink()
-    file.write_text(told.replace(policy_id, twin))
-    assert restore(store, policy_id[:7]).document["policy_id"] == policy_id
+    file.write_bytes(sealed_json({**document, "policy_id": twin}))
+    assert restore(store, policy_id[:7], trust_code=True).document["policy_id"] == policy_id
     both = ", ".join(sorted((policy_id, twin)))
     with pytest.raises(StoreError, match=f"^several policies begin with {policy_id[:6]}: {both}: see the view policies"):
-        restore(store, policy_id[:6])
+        restore(store, policy_id[:6], trust_code=True)
 
 
 @pytest.mark.parametrize("policy_id", ["0123456789", "LAST", "latest"])
 def test_an_unknown_id(trained: Trained, policy_id: str) -> None:
     with pytest.raises(StoreError, match=f"^the store has no policy {policy_id}: see the view policies of `opgrpo sql`$"):
-        restore(trained("adapter").store, policy_id)
+        restore(trained("adapter").store, policy_id, trust_code=True)
 
 
 @pytest.mark.parametrize("policy_id", ["../x", "/etc", "a/../..", "*", "?", "[a-f]", "", ".", "a b", "x" * 200])
 def test_an_id_is_no_path_and_no_pattern(trained: Trained, policy_id: str) -> None:
     with pytest.raises(ValueError, match=f"^policy_id {re.escape(repr(policy_id))} cannot be part of a path: use letters"):
-        restore(trained("adapter").store, policy_id)
+        restore(trained("adapter").store, policy_id, trust_code=True)
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +164,12 @@ def test_a_changed_base_model_is_refused(movable: Path, change: str) -> None:
                 "gone": f"cannot load the StableDiffusion3Pipeline '{model}': ",
             }[change]
             with pytest.raises(ValueError, match=f"^{re.escape(told)}") as caught:
-                restore(store, policy_id)
+                restore(store, policy_id, trust_code=True)
             assert "\n" not in str(caught.value)
     finally:
         shutil.rmtree(model, ignore_errors=True)
         (movable / "whole").rename(model)
-    assert restore(store, "last").document["kind"] == "average"
+    assert restore(store, "last", trust_code=True).document["kind"] == "average"
 
 
 def test_weights_that_are_gone_or_damaged(trained: Trained, tmp_path: Path) -> None:
@@ -178,8 +179,8 @@ def test_weights_that_are_gone_or_damaged(trained: Trained, tmp_path: Path) -> N
     kept = tmp_path / f"store/policies/{ids['average']}/weights.safetensors"
     flipped(kept, kept.stat().st_size - 5)
     with pytest.raises(ValueError, match=r"weights\.safetensors is damaged: .*Restore it from a copy$"):
-        restore(store, ids["average"])
+        restore(store, ids["average"], trust_code=True)
     shutil.rmtree(tmp_path / "store/states")
     with pytest.raises(StoreError, match=r"^run small-\w+ keeps no training state of iteration 1; it keeps \[\]"):
-        restore(store, ids["trained"])
-    assert restore(store, ids["base"]).document["kind"] == "base"
+        restore(store, ids["trained"], trust_code=True)
+    assert restore(store, ids["base"], trust_code=True).document["kind"] == "base"

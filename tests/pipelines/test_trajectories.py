@@ -14,8 +14,8 @@ from torch import Tensor
 
 from opgrpo_data.errors import CorruptionError
 from opgrpo_data.io import Directory
-from opgrpo_data.plan import importance_weights
 from opgrpo_data.locations import LatentLocation
+from opgrpo_data.plan import importance_weights
 from opgrpo_data.reading import read_latents, read_media
 from pipelines import media, sampler, weights
 from pipelines.config import RunConfig

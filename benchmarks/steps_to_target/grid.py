@@ -79,7 +79,7 @@ def execute(wanted: Sequence[tuple[Spec, Settings]], folder: Path, workers: int,
     folder.mkdir(parents=True, exist_ok=True)
     missing = [(spec, extra) for spec, extra in wanted if not _done(load(path), spec, extra)]
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers: equal conditions, and the same numbers anywhere
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
         futures = {pool.submit(run, spec, extra, folder): spec for spec, extra in missing}
         for number, future in enumerate(as_completed(futures), 1):
             if error := future.exception():

@@ -53,9 +53,13 @@ _REMEDIES = dict.fromkeys(
 )
 
 
+class UsageError(ValueError):
+    """Options that do not go together."""
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What users and disks do wrong is one line: exit code 2 for the config, else 1. Our own bugs keep their trace."""
+    """What users and disks do wrong is one line: exit code 2 for usage and config, else 1. Our own bugs keep their trace."""
     from pipelines.config import ConfigError
 
     try:
@@ -64,7 +68,7 @@ def _errors() -> Iterator[None]:
         raise  # `opgrpo ... | head`: Typer ends quietly
     except (ValueError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}{_REMEDIES.get(getattr(error, 'errno', 0), '')}", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+        raise typer.Exit(2 if isinstance(error, ConfigError | UsageError) else 1) from error
 
 
 def _tells(command: Callable[..., Any]) -> Callable[..., None]:
@@ -93,9 +97,9 @@ def _options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"--options is not JSON: {error}") from error
+        raise UsageError(f"--options is not JSON: {error}") from error
     if not isinstance(options, dict):
-        raise ValueError(f"--options must be a JSON object, got {text!r}")
+        raise UsageError(f"--options must be a JSON object, got {text!r}")
     return options
 
 
@@ -220,11 +224,11 @@ def score(
             from pipelines.settings import RewardConfig
 
             if config is not None or iteration is not None or overrides:
-                raise ValueError("--reward scores stored trajectories of any run: it goes with --run, not with a CONFIG")
+                raise UsageError("--reward scores stored trajectories of any run: it goes with --run, not with a CONFIG")
             asked = RewardConfig(name=reward, options=_options(options))
             outcome = rescore(_open(store), asked, run=run, dry_run=dry_run, progress=Progress(quiet))
         elif config is None or run is not None:
-            raise ValueError("give the run's CONFIG, or --reward NAME (and perhaps --run) to score stored trajectories anew")
+            raise UsageError("give the run's CONFIG, or --reward NAME (and perhaps --run) to score stored trajectories anew")
         else:
             from pipelines.score import score
 
@@ -249,7 +253,7 @@ def train(
     with _errors():
         if offline:
             if iteration is not None:
-                raise ValueError("--offline trains all iterations: leave --iteration away")
+                raise UsageError("--offline trains all iterations: leave --iteration away")
             _run(config, store, [*(overrides or ()), "algorithm=offline"], dry_run, as_json, quiet)
             return
         from pipelines.console import show_outcome
@@ -317,7 +321,7 @@ def sample(
     """Draw pictures (or videos) with a policy of the store."""
     from pipelines.sample import sample
 
-    options = {"count": count, "num_steps": steps, "seed": seed, "trust_code": trust_code}
+    options: dict[str, Any] = {"count": count, "num_steps": steps, "seed": seed, "trust_code": trust_code}
     return [str(path) for path in sample(_open(store), policy, prompts, to, **options)]
 
 
@@ -334,12 +338,12 @@ def export(
 ) -> Any:
     """Write a policy as files that diffusers loads, with a model card; or trajectories as a dataset that other tools read."""
     if (policy is None) == (form is None):
-        raise ValueError("give either --policy (what to write as a model) or --as (the form of the dataset to write)")
+        raise UsageError("give either --policy (what to write as a model) or --as (the form of the dataset to write)")
     if policy is not None:
         from pipelines.export import export
 
         if where is not None or reward is not None:
-            raise ValueError("--where and --reward choose trajectories: they go with --as, not with --policy")
+            raise UsageError("--where and --reward choose trajectories: they go with --as, not with --policy")
         return export(_open(store), policy, Path(to), trust_code=trust_code)
     from opgrpo_data.exchange import export_dataset
 
@@ -372,7 +376,7 @@ def evaluate_offline(
     """Estimate a policy's reward from stored trajectories alone, and say how far that can be trusted."""
     from pipelines.offline_evaluation import evaluate_offline
 
-    options = {"reward": reward, "run": run, "iterations": last, "trust_code": trust_code}
+    options: dict[str, Any] = {"reward": reward, "run": run, "iterations": last, "trust_code": trust_code}
     return asdict(evaluate_offline(_open(store), policy, **options))
 
 
@@ -401,7 +405,7 @@ def verify(
 def gc(
     store: StoreUrl = DEFAULT_STORE,
     delete: Annotated[bool, typer.Option("--delete", help="really remove it; without, only say what would be")] = False,
-    grace_hours: Annotated[float, typer.Option(min=0, help="leave what is younger: it may be under way")] = 24,
+    grace_hours: Annotated[float, typer.Option(min=0, max=1e6, help="leave what is younger: it may be under way")] = 24,
     keep_iterations: Annotated[
         int | None, typer.Option(min=1, help="drop latents and media that no buffer, plan or pin of so many iterations holds")
     ] = None,

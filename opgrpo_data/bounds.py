@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from opgrpo_data.thrift import struct
+from opgrpo_data.thrift import Wanted, struct
 
 DECODED_BYTES = 2**30
 """The most that one index file may decode to."""
@@ -30,6 +30,9 @@ TEXT_OR_BYTES = (6, 7)
 ROW_GROUPS, COLUMNS, ROWS, METADATA = 4, 1, 3, 3
 TYPE, PATH, CODEC, TOTAL_COMPRESSED, DATA_PAGE, DICTIONARY_PAGE = 1, 3, 4, 7, 9, 11
 PAGE_UNCOMPRESSED, PAGE_COMPRESSED, PAGE_KINDS, PAGE_VALUES = 2, 3, (5, 7, 8), 1
+COLUMN = dict.fromkeys((TYPE, PATH, CODEC, TOTAL_COMPRESSED, DATA_PAGE, DICTIONARY_PAGE))
+FOOTER: Wanted = {ROW_GROUPS: {COLUMNS: {METADATA: COLUMN}, ROWS: None}}
+PAGE: Wanted = {PAGE_UNCOMPRESSED: None, PAGE_COMPRESSED: None} | {kind: {PAGE_VALUES: None} for kind in PAGE_KINDS}
 
 
 def read_bounded(data: bytes, columns: Collection[str], *, use_threads: bool = True) -> pa.Table:
@@ -75,7 +78,7 @@ def _columns(data: bytes) -> Iterator[tuple[int, Mapping[int, Any]]]:
     """Rows and metadata of each column chunk, as the footer says."""
     end = len(data) - TAIL_BYTES
     start = end - int.from_bytes(data[end : end + 4], "little")
-    footer, _ = struct(data, start, end, (ROW_GROUPS,))
+    footer, _ = struct(data, start, end, FOOTER)
     for group in footer[ROW_GROUPS]:
         for column in group[COLUMNS] if group[ROWS] else ():
             yield group[ROWS], column[METADATA]
@@ -91,7 +94,7 @@ def _pages(data: bytes, column: Mapping[int, Any]) -> tuple[int, int]:
         raise ValueError(f"column {column[PATH]} would lie at bytes {at} to {end} of {len(data)}")
     values = size = 0
     while at < end:
-        header, at = struct(data, at, end)
+        header, at = struct(data, at, end, PAGE)
         count = next((header[kind][PAGE_VALUES] for kind in PAGE_KINDS if kind in header), 0)
         uncompressed, compressed = header[PAGE_UNCOMPRESSED], header[PAGE_COMPRESSED]
         if min(count, uncompressed, compressed) < 0:

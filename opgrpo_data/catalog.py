@@ -19,6 +19,7 @@ from opgrpo_data.errors import StoreError
 from opgrpo_data.generations import Generation, in_force, warn
 from opgrpo_data.pieces import open_generation, read_files
 from opgrpo_data.schema import POLICIES, RUNS, table_of
+from opgrpo_data.seal import check_seal
 from opgrpo_data.store import TABLES, Store
 
 # Rows a reward could not judge live beside the others but must not count as rewards.
@@ -111,10 +112,20 @@ class Catalog:
         if not directory.local or glob.escape(directory.root) != directory.root:
             self.connection.register(f"loose_{kind}", _Stream(self._store, kind, paths))
             return f"loose_{kind}"
+        for path in paths:
+            self._check(kind, path)
         absolute = [directory.path(path) for path in paths]
         readable.extend(absolute)
         # The partition folders are for people: as columns, `run`, `iter` and `reward` would collide with ours.
         return f"read_parquet([{', '.join(map(_quoted, absolute))}], union_by_name=true, hive_partitioning=false)"
+
+    def _check(self, kind: str, path: str) -> None:
+        """DuckDB verifies nothing: what it is to read must carry a seal that holds, or else be read by us once."""
+        data = self._store.directory.read(path)
+        with suppress(ValueError):
+            if check_seal(data):
+                return
+        self._store.parse(kind, path, data)
 
     def _lock(self, readable: list[str]) -> None:
         settings = ["python_enable_replacements=false"]

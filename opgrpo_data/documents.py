@@ -18,7 +18,7 @@ DOCUMENT_KEYS: Mapping[str, frozenset[str]] = {
 
 
 def document_problem(path: str, document: Mapping[str, Any]) -> str | None:
-    """What is wrong with a document of a run, a policy or a pin: keys it lacks, another's name, values that are no such values."""
+    """What is wrong with a document of a run, a policy or a pin: keys it lacks, another's name, values of other types."""
     kind, _, name = path.removesuffix(".json").removesuffix("/policy").partition("/")
     if missing := sorted(DOCUMENT_KEYS[kind] - document.keys()):
         return f"lacks {missing}"
@@ -34,7 +34,9 @@ def document_problem(path: str, document: Mapping[str, Any]) -> str | None:
             table_of([row | {moment: told}], POLICIES)
         elif kind == "runs":
             config = document["config"]
-            if not (isinstance(config, dict) and isinstance(document["command"], list) and isinstance(document["software"], dict)):
+            if not (
+                isinstance(config, dict) and isinstance(document["command"], list) and isinstance(document["software"], dict)
+            ):
                 raise ValueError("config, command and software must be an object, a list and an object")
             table_of([{"name": config.get("name"), "seed": config.get("seed"), moment: told}], RUNS)
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:

@@ -22,8 +22,13 @@ from opgrpo_data.errors import StoreError
 from opgrpo_data.files import TEMPORARY_PREFIX, Entry
 from opgrpo_data.marks import mark
 from opgrpo_data.schema import DROPPED, table_of
-from opgrpo_data.store import Store, index_of, now, require_current
+from opgrpo_data.seal import read_json
+from opgrpo_data.store import TABLES, Store, index_of, now, require_current
 
+OURS = {kind.pattern.partition("/")[0] for kind in TABLES.values()} | {
+    *("runs", "policies", "conditions", "states", "catalog", "pins", "migrations")
+}
+"""Top-level folders of a store: what lies in others is not ours to remove."""
 TARS = (".latents.tar", ".media.tar")
 HARD = 1
 """Iterations whose marks count where none were asked for: what runs are about to use."""
@@ -63,6 +68,7 @@ def collect(store: Store, *, delete: bool, grace: timedelta, keep_iterations: in
     shards = _Shards(store, sizes)
     old = [entry for entry in entries if moment - entry.modified >= grace]
     files = [*_leftovers(old, sizes, shards.named), *_superseded(store, old)]
+    _refuse_lost_indexes(store, {index_of(item.path) for item in files if item.path.endswith(TARS)} - sizes.keys())
     dropped = shards.drop(keep_iterations, delete)
     if delete:
         for item in files:
@@ -86,12 +92,37 @@ def _look(store: Store) -> tuple[list[Entry], datetime]:
 def _leftovers(old: Sequence[Entry], sizes: dict[str, int], named: set[str]) -> Iterator[Item]:
     for entry in old:
         folder, _, name = entry.path.rpartition("/")
-        if name.startswith(TEMPORARY_PREFIX):
+        if name.startswith(TEMPORARY_PREFIX) and entry.path.partition("/")[0] in OURS | {name}:
             yield Item(entry.path, entry.size, "unfinished file")
         elif entry.path.startswith("trajectories/") and name.endswith(TARS) and entry.path not in named:
             yield Item(entry.path, entry.size, "tar that no index names")
         elif folder.startswith("policies/") and name == "weights.safetensors" and f"{folder}/policy.json" not in sizes:
             yield Item(entry.path, entry.size, "weights of a policy that was never registered")
+
+
+def _refuse_lost_indexes(store: Store, lost: set[str]) -> None:
+    """Raise StoreError where tars that no index names belong to a shard that rewards, buffers, plans or a generation of the
+    catalog still speak of: its index was lost, and until it is restored these tars are all that there is of it."""
+    if not lost:
+        return
+    speaking = [path for kind in ("buffers", "plans") for path in store.files(kind)]
+    for path in speaking:
+        for file in store.read_tables(path.partition("/")[0], [path])["latents_file"].unique().to_pylist():
+            _refuse_lost(index_of(file), lost, path)
+    for path in store.files("rewards"):
+        shard = path.partition("/")[2].partition("/")[2].partition(".v")[0]
+        _refuse_lost(f"trajectories/{shard}.parquet", lost, path)
+    for path in store.directory.list("catalog/trajectories/*.json"):
+        for file in read_json(store.directory.read(path)).get("files", {}):
+            _refuse_lost(file, lost, path)
+
+
+def _refuse_lost(index: str, lost: set[str], path: str) -> None:
+    if index in lost:
+        raise StoreError(
+            f"{index} is gone, but {path} still speaks of its shard: nothing was removed. Restore the index from a copy, or "
+            f"remove what speaks of it"
+        )
 
 
 def _superseded(store: Store, old: Sequence[Entry]) -> Iterator[Item]:
@@ -117,7 +148,7 @@ class _Shards:
             table = store.read_tables("trajectories", [index])
             named = {file for kind in ("latents", "media") for file in table[f"{kind}_file"].unique().to_pylist()}
             if odd := [file for file in named if not file or index_of(file) != index]:
-                raise StoreError(f"{index} names {odd[0]}, a file of another shard: run `opgrpo verify`")
+                raise StoreError(f"{index} names {str(odd[0])[:200]}, a file of another shard: run `opgrpo verify`")
             self.tars[index] = sorted(named)
             self.ids[index] = table["trajectory_id"]
         self.named = {file for tars in self.tars.values() for file in tars}

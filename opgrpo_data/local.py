@@ -42,9 +42,11 @@ class LocalFiles:
         return glob.glob(pattern, root_dir=root)  # noqa: PTH207 names relative to the root
 
     def entries(self, root: str, folder: str) -> list[Entry]:
-        """See Files. A file that vanishes meanwhile is left out."""
-        found = []
-        for directory, _, names in os.walk(Path(root, folder)):
+        """See Files. A file that vanishes meanwhile is left out. Folders may be links to other disks, each is walked once."""
+        found, walked = [], set()
+        for directory, folders, names in os.walk(Path(root, folder), followlinks=True):
+            walked.add(Path(directory).resolve())
+            folders[:] = [name for name in folders if Path(directory, name).resolve() not in walked]
             for name in names:
                 path = Path(directory, name)
                 with suppress(FileNotFoundError):

@@ -18,7 +18,7 @@ from opgrpo_data.locations import NUMPY_DTYPES, LatentLocation, Locations, Spans
 PAGE = 4096
 
 THREADS = 2
-PART_BYTES = 8 * 2**20
+PART_BYTES = 2**20
 LARGE_BYTES = 128 * 2**10
 """Where trajectories are of LARGE_BYTES on average, or more, THREADS read and verify parts of PART_BYTES, which the cache of a
 processor holds. Smaller ones are read by one thread, and all together: several would fight for the interpreter."""
@@ -65,7 +65,8 @@ def read_many(directory: Directory, spans: Spans, into: NDArray[np.uint8] | None
                 judged.append(np.frombuffer(mine, dtype).reshape(shape))
         return judged
 
-    parts = _parts(spans) if rows else []
+    parts = _parts(spans) if directory.local else [range(len(spans))]  # elsewhere the requests of one call run side by side
+    parts = parts if rows else []
     found: list[list[Read]] = [[] for _ in parts]
     waiting = iter(enumerate(parts))
 

@@ -7,6 +7,7 @@ file lacks it. A changed meaning is a new major version.
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from opgrpo_data.seal import KEY, UNSEALED, sealed
 
 FORMAT = "opgrpo-store"
 SCHEMA_VERSION = "1.2"
+VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
 
 _FLOATS = pa.list_(pa.float64())
 _INTS = pa.list_(pa.int64())
@@ -307,10 +309,9 @@ def check_version(document: dict[str, Any], where: str) -> None:
     if document.get("format") != FORMAT:
         raise StoreError(f"{where} is not an opgrpo store: its store.json says format {document.get('format')!r}")
     version = str(document.get("version", ""))
-    try:
-        major, minor = (int(part) for part in version.split("."))
-    except ValueError as error:
-        raise StoreError(f"{where}: store.json has the format version {version!r}; expected a version like 1.0") from error
+    if not VERSION.fullmatch(version):
+        raise StoreError(f"{where}: store.json has the format version {version[:50]!r}; expected a version like 1.0")
+    major, minor = map(int, version.split("."))
     ours = tuple(int(part) for part in SCHEMA_VERSION.split("."))
     if (major, minor) > ours:
         raise StoreError(

@@ -115,7 +115,7 @@ def _row_problem(index: str, row: Row) -> str | None:
     if len(location.checksums) != (row["num_steps"] or 0) + 1:
         return f"the row has {len(location.checksums)} latents for {row['num_steps']} steps"
     if odd := [file for file in (location.file, row["media_file"]) if index_of(file) != index]:
-        return f"the row's bytes would lie in {odd[0]}, a file of another shard"
+        return f"the row's bytes would lie in {odd[0][:200]}, a file of another shard"
     return None
 
 

@@ -52,6 +52,7 @@ REMADE = {
     "densities": ", or remove it and run `opgrpo rollout` for that iteration again",
 }
 
+
 class Store:
     """An opened store. Build it with `Store.create` or `Store.open`."""
 
@@ -102,9 +103,8 @@ class Store:
             check_seal(data)
             return schema.conform(read_bounded(data, wanted.names), wanted)
         except (pa.ArrowException, OSError, ValueError) as error:  # depending on which byte is damaged
-            raise StoreError(
-                f"{path} is damaged ({' '.join(str(error).split())}): restore it from a copy{REMADE.get(path.split('/')[0], '')}"
-            ) from error
+            said, remade = " ".join(str(error).split()), REMADE.get(path.split("/")[0], "")
+            raise StoreError(f"{path} is damaged ({said}): restore it from a copy{remade}") from error
 
     def files(self, kind: str, *, run: str = "*", iteration: int | None = None, reward: str = "*") -> list[str]:
         """Files of one kind of table, sorted; optionally only of one run, iteration or reward."""

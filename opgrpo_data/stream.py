@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from opgrpo_data.errors import CorruptionError
 from opgrpo_data.io import Directory
 from opgrpo_data.locations import Int64s, Locations, Spans
-from opgrpo_data.reading import Read, memory, read_many
+from opgrpo_data.reading import LARGE_BYTES, Read, memory, read_many
 
 RING = 3
 """Buffers: one is trained on, the others are being filled, or full."""
 
-WINDOW_BYTES = 32 * 2**20
+WINDOW_BYTES = 16 * 2**20
 """Small microsteps are read together, up to this size: then the disk is asked for many at once, in the order they lie in."""
 
 
@@ -96,7 +96,8 @@ class _Schedule:
             damaged = [(name, it) for name, it in zip(names, read, strict=True) if isinstance(it, CorruptionError)]
             table = table.filter(pa.array([not isinstance(it, CorruptionError) for it in read]))
         latents = [it for it in read if not isinstance(it, CorruptionError)]
-        return Batch(*self.keys[:, begin].tolist(), table, latents, damaged)
+        step, microstep = self.keys[:, begin].tolist()
+        return Batch(step, microstep, table, latents, damaged)
 
 
 def _windows(sizes: list[int]) -> list[range]:
@@ -116,16 +117,21 @@ def _windows(sizes: list[int]) -> list[range]:
 def _read_ahead(directory: Directory, schedule: _Schedule) -> Iterator[Batch]:
     wanted = [schedule.spans[schedule.rows_of(window)] for window in schedule.windows]
     buffers = [memory(max(spans.total for spans in wanted)) for _ in wanted[:RING]]
-    # Two at a time, by one thread each: while the disk works for one, the bytes of the other are judged.
-    with ThreadPoolExecutor(RING - 1, "opgrpo-stream") as pool:
-        started = deque(pool.submit(read_many, directory, *it, 1) for it in zip(wanted, buffers, strict=False))
+    # Large ones two at a time: while the disk works for one, the other is judged. Small ones would fight for the interpreter.
+    side_by_side = RING - 1 if schedule.spans.total >= len(schedule.spans) * LARGE_BYTES else 1
+    with ThreadPoolExecutor(side_by_side, "opgrpo-stream") as pool:
+
+        def start(number: int) -> Future[list[Read]]:
+            return pool.submit(read_many, directory, wanted[number], buffers[number % RING], 1)
+
+        started = deque(start(number) for number in range(len(buffers)))
         try:
             for number, window in enumerate(schedule.windows):
-                read, start = started.popleft().result(), schedule.edges[window.start]
+                read, first = started.popleft().result(), schedule.edges[window.start]
                 for batch in window:
-                    yield schedule.batch(batch, read[schedule.edges[batch] - start : schedule.edges[batch + 1] - start])
+                    yield schedule.batch(batch, read[schedule.edges[batch] - first : schedule.edges[batch + 1] - first])
                 if number + RING < len(wanted):
-                    started.append(pool.submit(read_many, directory, wanted[number + RING], buffers[number % RING], 1))
+                    started.append(start(number + RING))
         finally:
             for future in started:
                 future.cancel()

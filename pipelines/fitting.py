@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -64,8 +65,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Fitting:
-    """What was found. trajectories: schema TRAJECTORIES, with the column reward. seen: how many were looked at. told: a remark
-    per run, for people."""
+    """What was found. trajectories: schema TRAJECTORIES, with the column reward, each once. seen: how many were looked at.
+    told: a remark per run, for people."""
 
     trajectories: pa.Table
     seen: int
@@ -78,14 +79,14 @@ def fitting(
     """Trajectories of index files that are as asked, in `rewards` (see `scored`), neither dropped nor in quarantine; of
     certain prompts, or None for all."""
     dropped, wanted = store.dropped_shards(), None if prompt_ids is None else pa.array(sorted(prompt_ids), pa.string())
-    tables, seen = [TRAJECTORIES.empty_table()], 0
+    tables, seen = [TRAJECTORIES.empty_table()], [pa.array([], pa.string())]
     for path in files:
         table = store.read_tables("trajectories", [path])
         table = table if wanted is None else table.filter(pc.is_in(table["prompt_id"], value_set=wanted))
-        seen += table.num_rows
+        seen += table["trajectory_id"].chunks
         tables += [] if path in dropped else [table]
     with duckdb.connect(":memory:") as connection:
-        connection.register("found", pa.concat_tables(tables))
+        connection.register("found", _each_once(pa.concat_tables(tables)))
         connection.register("rewards", rewards)
         damaged = pa.array(sorted(store.quarantined()), pa.string())
         connection.register("damaged", pa.table({"trajectory_id": damaged}))
@@ -97,7 +98,7 @@ def fitting(
             "ORDER BY prompt_id, run_id, iteration, member_index, trajectory_id",
             params={**asked.settings, "runs": runs},
         ).to_arrow_table()
-    return Fitting(fits, seen, told)
+    return Fitting(fits, len(pc.unique(pa.chunked_array(seen))), told)
 
 
 def _kinds(connection: duckdb.DuckDBPyConnection, store: Store, asked: Asked) -> tuple[list[str], list[str]]:
@@ -119,10 +120,18 @@ def _kinds(connection: duckdb.DuckDBPyConnection, store: Store, asked: Asked) ->
 
 
 def scored(store: Store, reward: str, version: str) -> pa.Table:
-    """trajectory_id, value, detail, error (schema REWARDS) of whatever has a finite value of a reward in one version."""
+    """Of whatever has a finite value of a reward in one version: schema REWARDS, one row a trajectory."""
     tables = [REWARDS.empty_table()]
     for path in store.files("rewards", reward=reward):
         table = store.read_tables("rewards", [path])
         usable = pc.and_(table["error"].is_null(), pc.is_finite(table["value"]))
         tables.append(table.filter(pc.and_(pc.equal(table["version"], version), usable)))
-    return pa.concat_tables(tables)
+    return _each_once(pa.concat_tables(tables))
+
+
+def _each_once(table: pa.Table) -> pa.Table:
+    """The first row of every trajectory_id: two shards may hold the same trajectory, which counts once."""
+    numbered = pa.table({"trajectory_id": table["trajectory_id"], "row": pa.array(np.arange(table.num_rows))})
+    first = np.zeros(table.num_rows, dtype=bool)
+    first[numbered.group_by("trajectory_id").aggregate([("row", "min")])["row_min"].to_numpy()] = True
+    return table.filter(pa.array(first))

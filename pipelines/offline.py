@@ -85,17 +85,18 @@ def _chosen(fits: pl.DataFrame, rewards: pa.Table, config: RunConfig) -> pl.Data
 def regrouped(members: pl.DataFrame, size: int, run_id: str) -> pl.DataFrame:
     """Members in groups of one prompt each, as rows of a plan (schema PLANS and more) that nobody judged: role stored.
 
-    A group stays as it was drawn where it has `size` members; the others are put together with their neighbours in age,
-    whose policies are comparable. Groups whose rewards are all equal have no advantage, and are left out.
+    A group stays as it was drawn where it has `size` members; the others are put together with their neighbours in age
+    of the same run, whose policies are comparable; a run's last group may be smaller. Groups whose rewards are
+    all equal have no advantage, and are left out.
     """
     order = ["prompt_id", "run_id", "iteration", "member_index", "trajectory_id"]
     whole = pl.len().over("group_id") == size
-    # Numbers run on over the members of a prompt that are in no whole group.
-    number = (pl.int_range(pl.len()) // size).over("prompt_id")
+    # Numbers run on over the members that a run drew for a prompt and that are in no whole group.
+    number = (pl.int_range(pl.len()) // size).over("prompt_id", "run_id")
     ordered = members.sort(order)
     loose = ordered.filter(~whole).with_columns(number=number)
-    names = pl.struct("prompt_id", "number").map_elements(
-        lambda row: ids.group_id(run_id, row["number"], row["prompt_id"]), return_dtype=pl.String
+    names = pl.struct("prompt_id", "run_id", "number").map_elements(
+        lambda row: ids.group_id(f"{run_id}/{row['run_id']}", row["number"], row["prompt_id"]), return_dtype=pl.String
     )
     groups = pl.concat([ordered.filter(whole), loose.with_columns(group_id=names).drop("number")])
     return (
@@ -115,7 +116,8 @@ def regrouped(members: pl.DataFrame, size: int, run_id: str) -> pl.DataFrame:
 def members(experiment: Experiment, iteration: int) -> pa.Table:
     """The stored trajectories of an iteration's groups (schema PLANS), without those that were damaged or dropped since.
 
-    Each lap over the groups is a fresh permutation, dealt to iterations, `rollout.prompts_per_iteration` groups to each.
+    Each lap over the groups is a fresh permutation, dealt to iterations, `rollout.prompts_per_iteration` groups to each; a
+    remainder too small for an iteration is left out of that lap.
     """
     config = experiment.config
     table, store = experiment.offline_selection, experiment.store

@@ -1,4 +1,4 @@
-"""YAML as settings need it: values, lists and mappings. No tag builds objects, no alias multiplies, no key stands there twice."""
+"""YAML as settings need it: values, lists, mappings. No tag builds objects, no alias multiplies, no key stands there twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Plain(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             self.aliases += 1
             if self.aliases > MOST_ALIASES:
-                raise ComposerError(None, None, f"more than {MOST_ALIASES} aliases", self.peek_event().start_mark)
+                raise ComposerError(None, None, f"more than {MOST_ALIASES} aliases", None)
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:

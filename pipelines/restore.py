@@ -94,5 +94,19 @@ def _weights(store: Store, document: dict[str, Any]) -> dict[str, Any] | None:
     path = f"policies/{document['policy_id']}/weights.safetensors"
     if store.directory.exists(path):
         return weights.from_bytes(store.directory.read(path), path)
+    if not store.directory.list(f"states/run={document['run_id']}/iter=*/{document['policy_id']}.safetensors"):
+        raise StoreError(
+            f"the store does not keep the weights of policy {document['policy_id']} (iteration {document['iteration']} of run "
+            f"{document['run_id']}). Policies that it has: {', '.join(_available(store)) or 'none'}"
+        )
     state = read_state(store, document["run_id"], document["iteration"], document["policy_id"])
     return {name.removeprefix("weights/"): tensor for name, tensor in state.items() if name.startswith("weights/")}
+
+
+def _available(store: Store) -> list[str]:
+    """The policies that can be restored, with their kinds: bases, and those whose weights or training state is kept."""
+    files = store.directory.list("policies/*/weights.safetensors") + store.directory.list("states/*/*/*.safetensors")
+    kept = {part.removesuffix(".safetensors") for path in files for part in path.split("/")}
+    documents = [d for d in store.documents("policies/*/policy.json") if d["kind"] == "base" or d["policy_id"] in kept]
+    documents.sort(key=lambda document: (document["run_id"], int(document["iteration"]), document["policy_id"]))
+    return [f"{document['policy_id']} ({document['kind']}, iteration {document['iteration']})" for document in documents]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from opgrpo_data.shards import Record, write_shard
@@ -27,8 +28,7 @@ def rollout(experiment: Experiment, iteration: int, dry_run: bool = False) -> Ou
     buffer = replay.buffer_entries(experiment, iteration)
     drawing = config.algorithm != "offline"
     tasks = shard_tasks(config, experiment.run_id, experiment.prompts["train"], iteration, buffer) if drawing else []
-    committed = set(store.files("trajectories", run=experiment.run_id, iteration=iteration))
-    missing = [task for task in tasks if f"{folder}/{task.shard}.parquet" not in committed]
+    missing = _missing(tasks, experiment, iteration)
     detail = {
         "trajectories": sum(len(task.members) for task in missing),
         "continuations": sum(member.parent is not None for task in missing for member in task.members),
@@ -41,6 +41,20 @@ def rollout(experiment: Experiment, iteration: int, dry_run: bool = False) -> Ou
         if config.judges_stored:
             detail["reused"] = replay.judge_reused(experiment, iteration, _grid(experiment))
     return Outcome("rollout", iteration, len(missing), len(tasks) - len(missing), detail)
+
+
+def _missing(tasks: Sequence[ShardTask], experiment: Experiment, iteration: int) -> list[ShardTask]:
+    """The tasks whose shards are not there, without members that came with an import, in shards of other names."""
+    store, folder = experiment.store, iteration_folder("trajectories", experiment.run_id, iteration)
+    named = {f"{folder}/{task.shard}.parquet": task for task in tasks}
+    committed = set(store.files("trajectories", run=experiment.run_id, iteration=iteration))
+    imported = set(store.read_tables("trajectories", sorted(committed - named.keys()))["trajectory_id"].to_pylist())
+    lacking = [
+        replace(task, members=[member for member in task.members if member.trajectory_id not in imported])
+        for path, task in named.items()
+        if path not in committed
+    ]
+    return [task for task in lacking if task.members]
 
 
 def _grid(experiment: Experiment) -> Transitions:

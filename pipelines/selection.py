@@ -6,6 +6,7 @@ import itertools
 from typing import cast
 
 import polars as pl
+import pyarrow as pa
 
 from opgrpo_data import buffer
 from opgrpo_data.errors import StoreError
@@ -31,10 +32,12 @@ def select(experiment: Experiment, iteration: int, dry_run: bool = False) -> Out
     buffer_path = f"{iteration_folder('buffers', experiment.run_id, iteration)}.parquet"
     if store.directory.exists(plan_path) and store.directory.exists(buffer_path):
         return Outcome("select", iteration, 0, 1)
-    trajectories = store.read_tables("trajectories", store.files("trajectories", run=experiment.run_id, iteration=iteration))
+    trajectories = _distinct(
+        store.read_tables("trajectories", store.files("trajectories", run=experiment.run_id, iteration=iteration))
+    )
     rewards = store.read_tables("rewards", reward_files(experiment, iteration))
     _check_complete(experiment, iteration, trajectories.num_rows, len(set(rewards["trajectory_id"].to_pylist())))
-    rewards = rewards.filter(rewards["error"].is_null())
+    rewards = _distinct(rewards.filter(rewards["error"].is_null()))
     before = experiment.buffer_path(iteration - 1)
     previous = store.read_tables("buffers", [before] if before is not None else [])
     places = (table.select(["trajectory_id", "latents_file"]).to_pylist() for table in (trajectories, previous))
@@ -55,6 +58,12 @@ def select(experiment: Experiment, iteration: int, dry_run: bool = False) -> Out
         store.publish_table(plan_path, plan)
     detail = {"planned": plan.num_rows, "buffer": snapshot.num_rows}
     return Outcome("select", iteration, 1, 0, detail)
+
+
+def _distinct(table: pa.Table) -> pa.Table:
+    """The first row of each trajectory: an import may have brought one that another shard holds as well."""
+    found = cast(pl.DataFrame, pl.from_arrow(table)).unique("trajectory_id", keep="first", maintain_order=True)
+    return found.to_arrow().cast(table.schema) if found.height < table.num_rows else table
 
 
 def _select_offline(experiment: Experiment, iteration: int, dry_run: bool) -> Outcome:

@@ -31,6 +31,7 @@ SHORTER_MODULES = {
     "benchmarks.strings.pretrain": ["--vae-steps=20", "--clean-steps=5", "--noisy-steps=5", "--pairs=512", "--repeats=1"],
     "benchmarks.steps_to_target": ["--summary"],
     "benchmarks.steps_to_target.conditioning": ["--summary"],
+    "benchmarks.faults": ["--summary"],
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.faults import victims
+from benchmarks.faults import cleaners, victims
 from benchmarks.faults.content import SHAPE, add_shard, shard_index, table
 from benchmarks.faults.kills import Log, Victim
 from opgrpo_data.compaction import compact
@@ -50,21 +50,21 @@ def in_place(store: Store) -> Store:
 def drop_tars_first(url: str, log: Log) -> None:
     """A collector that removes tars and says so afterwards."""
     store = Store.open(url)
-    for index in sorted(set(store.files("trajectories")) - victims.needed_shards() - store.dropped_shards()):
+    for index in sorted(set(store.files("trajectories")) - cleaners.needed_shards() - store.dropped_shards()):
         _remove_tars(store, index)
         _announce(store, index)
-    collect(store, delete=True, grace=victims.HOUR)
+    collect(store, delete=True, grace=cleaners.HOUR)
     log("store.json")
 
 
 def drop_without_marks(url: str, log: Log) -> None:
     """A collector that looks at iterations alone: what the last buffer still needs goes too."""
     store = Store.open(url)
-    for iteration in range(victims.ITERATIONS - victims.KEEP):
+    for iteration in range(cleaners.ITERATIONS - cleaners.KEEP):
         for index in store.files("trajectories", iteration=iteration):
             _announce(store, index)
             _remove_tars(store, index)
-    collect(store, delete=True, grace=victims.HOUR)
+    collect(store, delete=True, grace=cleaners.HOUR)
     log("store.json")
 
 
@@ -80,7 +80,7 @@ def _announce(store: Store, index: str) -> None:
 def compact_beside(url: str) -> None:
     """The store that is to be compacted, and beside it one that was."""
     for where in (url, f"{url}-compacted"):
-        victims.COMPACTOR.prepare(where)
+        cleaners.COMPACTOR.prepare(where)
     compact(Store.open(f"{url}-compacted"))
 
 
@@ -100,6 +100,6 @@ def _instead(victim: Victim, work: Callable[[str, Log], None]) -> Victim:
 
 WRITER = _instead(victims.WRITER, partial(victims.write_shards, add=index_first))
 PUBLISHER = _instead(victims.PUBLISHER, partial(victims.publish, change=in_place))
-HASTY_COLLECTOR = _instead(victims.COLLECTOR, drop_tars_first)
-BLIND_COLLECTOR = _instead(victims.COLLECTOR, drop_without_marks)
-COMPACTOR = replace(_instead(victims.COMPACTOR, json_first), prepare=compact_beside)
+HASTY_COLLECTOR = _instead(cleaners.COLLECTOR, drop_tars_first)
+BLIND_COLLECTOR = _instead(cleaners.COLLECTOR, drop_without_marks)
+COMPACTOR = replace(_instead(cleaners.COMPACTOR, json_first), prepare=compact_beside)

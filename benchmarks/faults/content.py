@@ -1,4 +1,4 @@
-"""What the trials write: trajectories and tables whose every byte follows from their names, and a store that has one of everything."""
+"""What the trials write: trajectories and tables whose bytes follow from their names, and a store with a file of every kind."""
 
 from __future__ import annotations
 
@@ -146,9 +146,9 @@ def add_iteration(store: Store, iteration: int, shards: int, keep: Sequence[str]
         folder = iteration_folder("rewards/reward=taste", RUN, iteration)
         store.publish_table(f"{folder}/{shard:05d}.v1.000.parquet", table("rewards", iteration, names))
     located = store.read_tables("trajectories", store.files("trajectories"))
-    contents = {"buffers": keep, "plans": fresh, "densities": fresh, "updates": fresh}
-    for kind, names in contents.items():
-        store.publish_table(f"{iteration_folder(kind, RUN, iteration)}.parquet", table(kind, iteration, names, located))
+    contents: dict[str, Sequence[str]] = {"buffers": keep, "plans": fresh, "densities": fresh, "updates": fresh}
+    for kind, held in contents.items():
+        store.publish_table(f"{iteration_folder(kind, RUN, iteration)}.parquet", table(kind, iteration, held, located))
 
 
 def add_everything(url: str) -> Store:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from unittest import mock
 
+from benchmarks.faults.cleaners import HOUR
 from benchmarks.faults.content import (
     MEMBERS,
     RUN,
@@ -26,8 +26,8 @@ from benchmarks.faults.content import (
     wrong_bytes,
 )
 from benchmarks.faults.kills import FORKS
-from benchmarks.faults.tally import Tally
-from benchmarks.faults.victims import HOUR
+from benchmarks.faults.tally import Tally, chances
+from opgrpo_data import garbage
 from opgrpo_data import store as stores
 from opgrpo_data.files import TEMPORARY_PREFIX
 from opgrpo_data.garbage import collect
@@ -84,7 +84,7 @@ def race(work: Path, url: str, rounds: int, seed: int, environment: dict[str, st
             winners.setdefault(path, []).append(writer)
     for number in range(rounds):
         for path, _ in publications(store, number, 0):
-            tally.count(path.split("/")[0], [*failed, *_of_one(store, path, winners.get(path, []))], path)
+            tally.count(path.split("/")[0], [*failed, *of_one(store, path, winners.get(path, []))], path)
     collect(store, delete=True, grace=timedelta(0))
     tars = Counter(entry.path.rpartition(".")[2] for entry in store.directory.entries())["tar"]
     left = [] if tars == 2 * rounds else [f"{tars} tars are left of {rounds} shards"]
@@ -93,7 +93,7 @@ def race(work: Path, url: str, rounds: int, seed: int, environment: dict[str, st
     return tally
 
 
-def _of_one(store: Store, path: str, winners: list[int]) -> Iterator[str]:
+def of_one(store: Store, path: str, winners: list[int]) -> Iterator[str]:
     """What is wrong with a file that several tried to create."""
     if len(winners) != 1:
         yield f"{len(winners)} writers were told that they created it"
@@ -121,13 +121,13 @@ def concurrent_writers(work: Path, count: int, seed: int) -> Tally:
 @contextmanager
 def clock(off: timedelta) -> Iterator[None]:
     """The clock of this machine goes wrong, for all that the store asks of it."""
-    with mock.patch.object(stores, "now", lambda: datetime.now(UTC) + off), mock.patch.object(time, "time", _shifted(off)):
+    wrong = datetime.now(UTC) + off
+    with (
+        mock.patch.object(stores, "now", return_value=wrong),
+        mock.patch.object(garbage, "now", return_value=wrong),
+        mock.patch.object(time, "time", return_value=wrong.timestamp()),
+    ):
         yield
-
-
-def _shifted(off: timedelta) -> Callable[[], float]:
-    right = time.time
-    return lambda: right() + off.total_seconds()
 
 
 SKEWS = (timedelta(days=-20_000), timedelta(days=-1), timedelta(seconds=-5), timedelta(days=1), timedelta(days=20_000))
@@ -140,7 +140,7 @@ def clock_skew(work: Path, count: int, seed: int) -> Tally:
         "iterations written and collected on machines whose clocks are up to 55 years apart: no file under way goes, leftovers "
         "that are old by the disk's clock go, nothing needed goes, a deep verify finds nothing",
     )
-    rng = random.Random(seed)
+    rng = chances(seed)
     for number in range(count):
         store = Store.create(str(work / f"store-{number}"))
         skews = [rng.choice(SKEWS) for _ in range(4)]

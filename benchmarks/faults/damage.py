@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import struct
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.faults.content import STEPS, add_everything
-from benchmarks.faults.tally import Tally
+from benchmarks.faults.tally import Tally, chances
 from opgrpo_data import tensors
+from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError
 from opgrpo_data.locations import Locations, Spans
 from opgrpo_data.reading import read_many, read_media
@@ -25,6 +25,8 @@ BLOCK = tarfile.BLOCKSIZE
 FOUND = "a deep verify names the damaged file, and a reader gets an error or what was written"
 
 Read = Callable[[], Any]
+VIEWS = {"buffers": "buffer"}
+"""Views whose names are not those of their tables."""
 
 
 def kind_of(path: str) -> str:
@@ -36,25 +38,23 @@ def kind_of(path: str) -> str:
     return {"json": "JSON document", "safetensors": "tensors"}[path.rpartition(".")[2]]
 
 
-def readers(store: Store) -> dict[str, Read]:
-    """Per file what a reader takes from it. Rows of indexes are read now: only one file at a time is damaged."""
-    found: dict[str, Read] = {}
+def readers(store: Store) -> dict[str, list[Read]]:
+    """Per file how it is read. Rows of indexes are read now: only one file at a time is damaged."""
+    found: dict[str, list[Read]] = {}
     for entry in store.directory.entries():
         path = entry.path
         kind = path.split("/")[0]
         if path.endswith(".tar"):
             table = store.read_tables("trajectories", [index_of(path)])
-            found[path] = partial(_latents if path.endswith(".latents.tar") else _media, store, table)
+            found[path] = [partial(_latents if path.endswith(".latents.tar") else _media, store, table)]
         elif path.endswith(".safetensors"):
-            found[path] = partial(_tensors, store, path)
+            found[path] = [partial(_tensors, store, path)]
         elif path == MARKER:
-            found[path] = partial(_marker, store)
+            found[path] = [partial(_marker, store)]
         elif kind in TABLES:
-            found[path] = partial(store.read_tables, kind, [path])
-        elif kind in ("runs", "policies", "pins"):
-            found[path] = partial(_documents, store, path)
+            found[path] = [partial(store.read_tables, kind, [path]), partial(_sql, store, VIEWS.get(kind, kind))]
         else:
-            found[path] = partial(_catalog, store)
+            found[path] = [partial(_documents, store, path)]
     return found
 
 
@@ -89,10 +89,8 @@ def _documents(store: Store, path: str) -> list[Any]:
     return list(store.documents(path))
 
 
-def _catalog(store: Store) -> Any:
-    from opgrpo_data.catalog import Catalog
-
-    return Catalog(store).query("SELECT * FROM trajectories ORDER BY trajectory_id")
+def _sql(store: Store, view: str) -> Any:
+    return Catalog(store).query(f"SELECT * FROM {view} ORDER BY ALL")  # noqa: S608
 
 
 class Patient:
@@ -101,7 +99,7 @@ class Patient:
     def __init__(self, folder: Path) -> None:
         self.store = add_everything(str(folder))
         self.readers = readers(self.store)
-        self.sound = {path: read() for path, read in self.readers.items()}
+        self.sound = {path: [read() for read in reads] for path, reads in self.readers.items()}
         if findings := verify(self.store, deep=True).findings:
             raise AssertionError(f"damaged before it was damaged: {findings[0]}")
 
@@ -126,16 +124,15 @@ class Patient:
             yield f"verify does not name it; it found {findings}"
 
     def _handed_out(self, path: str) -> Iterator[str]:
-        try:
-            read = self.readers[path]()
-        except (ValueError, OSError):
-            return
-        sound = self.sound[path]
-        if isinstance(read, list) and path.endswith(".tar"):
-            if any(not isinstance(got, CorruptionError) and got != was for got, was in zip(read, sound, strict=True)):
-                yield "a reader got other bytes"
-        elif read != sound:
-            yield f"a reader got {str(read)[:200]} instead of {str(sound)[:200]}"
+        for reader, sound in zip(self.readers[path], self.sound[path], strict=True):
+            try:
+                read = reader()
+            except (ValueError, OSError):
+                continue
+            if path.endswith(".tar"):
+                read = [was if isinstance(got, CorruptionError) else got for got, was in zip(read, sound, strict=True)]
+            if read != sound:
+                yield f"a reader got {str(read)[:200]} instead of {str(sound)[:200]}"
 
 
 def flip_bits(work: Path, count: int, seed: int) -> Tally:
@@ -145,7 +142,7 @@ def flip_bits(work: Path, count: int, seed: int) -> Tally:
     kinds: dict[str, list[str]] = {}
     for path in sorted(patient.readers):
         kinds.setdefault(kind_of(path), []).append(path)
-    rng = random.Random(seed)
+    rng = chances(seed)
     for number in range(count):
         kind = sorted(kinds)[number % len(kinds)]
         path = rng.choice(kinds[kind])
@@ -156,12 +153,14 @@ def flip_bits(work: Path, count: int, seed: int) -> Tally:
     return tally
 
 
-def truncate(work: Path, count: int, seed: int) -> Tally:
-    """Cut files at every kind of place, and at `count` random ones."""
+def truncate(work: Path, count: int, seed: int, kinds: Collection[str] = ()) -> Tally:
+    """Cut files at every kind of place, of these kinds of files or of all; and at `count` random places."""
     tally = Tally(seed, f"cut at every kind of place and at random ones: {FOUND}")
     patient = Patient(work / "store")
-    rng = random.Random(seed)
-    for path in _one_of_a_kind(sorted(patient.readers)):
+    rng = chances(seed)
+    for kind, path in {kind_of(path): path for path in sorted(patient.readers)}.items():
+        if kinds and kind not in kinds:
+            continue
         data = patient.store.directory.read(path)
         for place, length in sorted(_places(patient.store, path, data).items()):
             tally.count(place, patient.problems(path, data[:length]), f"{path} at {length}")
@@ -171,10 +170,6 @@ def truncate(work: Path, count: int, seed: int) -> Tally:
         length = rng.randrange(len(data))
         tally.count("anywhere", patient.problems(path, data[:length]), f"{path} at {length}")
     return tally
-
-
-def _one_of_a_kind(paths: list[str]) -> list[str]:
-    return list({kind_of(path): path for path in paths}.values())
 
 
 def _places(store: Store, path: str, data: bytes) -> dict[str, int]:
@@ -188,7 +183,11 @@ def _places(store: Store, path: str, data: bytes) -> dict[str, int]:
         padded = -(-(begin + length) // BLOCK) * BLOCK
         last = -(-(rows[-1][f"{kind}_offset"] + rows[-1][f"{kind}_length"]) // BLOCK) * BLOCK
         places |= {"in a header": begin - 100, "after a header": begin, "in a payload": begin + length // 2}
-        places |= {"after a payload": begin + length, "in the padding": min(begin + length + 7, padded), "after the padding": padded}
+        places |= {
+            "after a payload": begin + length,
+            "in the padding": min(begin + length + 7, padded),
+            "after the padding": padded,
+        }
         places |= {"before the end blocks": last, "in the end blocks": last + BLOCK, "after the end blocks": last + 2 * BLOCK}
         if kind == "latents":
             header = rows[1]["latents_header"]
@@ -201,5 +200,10 @@ def _places(store: Store, path: str, data: bytes) -> dict[str, int]:
         return places | {"before the footer's length": size - 8, "before the last magic": size - 4, "the first magic": 4}
     if path.endswith(".safetensors"):
         header = struct.unpack("<Q", data[:8])[0]
-        return places | {"in the length": 4, "before the header": 8, "in the header": 8 + header // 2, "before data": 8 + header}
+        return places | {
+            "in the length": 4,
+            "before the header": 8,
+            "in the header": 8 + header // 2,
+            "before data": 8 + header,
+        }
     return places

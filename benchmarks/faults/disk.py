@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from benchmarks.faults import victims
+from benchmarks.faults import cleaners
 from benchmarks.faults.content import SHAPE, add_shard, trajectory_id, weights, wrong_bytes
-from benchmarks.faults.tally import Tally
+from benchmarks.faults.tally import Tally, chances
 from opgrpo_data.compaction import compact
 from opgrpo_data.errors import CorruptionError
 from opgrpo_data.exchange.export import FORMS, export_dataset
@@ -28,6 +27,7 @@ from opgrpo_data.garbage import collect
 from opgrpo_data.store import Store
 from opgrpo_data.verify import verify
 
+MOUNT = "mount"
 DISK_MIB = 8
 PAGE = 4096
 BALLAST = "ballast"
@@ -41,7 +41,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
     """A disk of DISK_MIB at `folder`, if it may be mounted: False where it may not."""
     folder.mkdir(parents=True, exist_ok=True)
     mounted = not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)], capture_output=True, check=False
+        [MOUNT, "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)], capture_output=True, check=False
     ).returncode
     try:
         yield mounted
@@ -93,20 +93,20 @@ def _export(store: Store, to: Path, form: str) -> object:
     return export_dataset(store, str(to), form, reward="taste@1")
 
 
-def full_disk(work: Path, count: int, seed: int) -> Tally:
-    """Every writer on a disk with too little room, `count` times each with another lack."""
-    rng = random.Random(seed)
+def full_disk(work: Path, count: int, seed: int, writers: Collection[str] = ()) -> Tally:
+    """Every writer, or these, on a disk with too little room, `count` times each with another lack."""
+    rng = chances(seed)
     disk = work / "disk"
     with small_disk(disk) as mounted:
+        what = f"a tmpfs of {DISK_MIB} MiB" if mounted else "RLIMIT_FSIZE, since no tmpfs may be mounted,"
         tally = Tally(
             seed,
-            f"{f'a tmpfs of {DISK_MIB} MiB' if mounted else 'RLIMIT_FSIZE, since no tmpfs may be mounted'} too full for a writer: it "
-            "fails with an error that says so and names the file, leaves no unfinished file, what was committed is whole; with "
-            "room again it finishes; the collector works on a full disk",
+            f"{what} too full for a writer: it fails with an error that says so and names the file, leaves no "
+            "unfinished file, what was committed is whole; with room again it finishes; the collector works on a full disk",
         )
-        shutil.copytree(victims.compacted_template(), disk / "store")
+        shutil.copytree(cleaners.compacted_template(), disk / "store")
         for number in range(count):
-            for name in _writers(Store.open(str(disk / "store")), disk, number):
+            for name in writers or _writers(Store.open(str(disk / "store")), disk, number):
                 with _copy(disk) as store:
                     write, needed = _writers(store, disk, number)[name]
                     left = rng.randrange(0, max(PAGE, needed // 2)) // PAGE * PAGE
@@ -168,5 +168,3 @@ def _made_room(store: Store, disk: Path, mounted: bool) -> Iterator[str]:
     if old.exists():
         yield "it left what was old"
     yield from _unharmed(store, disk)
-
-

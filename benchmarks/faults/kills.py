@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import time
@@ -20,14 +19,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from benchmarks.faults.tally import Tally
+from benchmarks.faults.tally import Tally, chances
 from opgrpo_data.store import Store
 from opgrpo_data.verify import verify
 
 FORKS = multiprocessing.get_context("forkserver")
 LOG = "acknowledged"
 AT_ONCE = 2
-WARM_UPS = 3
+WARM_UPS = 2
 LONGEST_WAIT = 120.0
 """Seconds after which a victim that does not end is an error."""
 
@@ -66,9 +65,7 @@ def here(folder: Path) -> str:
     return str(folder / "store")
 
 
-def kill(
-    victim: Victim, work: Path, count: int, seed: int, *, place: Place = here, sound: Victim | None = None
-) -> Tally:
+def kill(victim: Victim, work: Path, count: int, seed: int, *, place: Place = here, sound: Victim | None = None) -> Tally:
     """Kill the victim `count` times, at instants spread evenly over the time that its work takes.
 
     A victim that had ended before is killed another time. place: URL of a trial's store. sound: of a broken victim, the one
@@ -86,7 +83,7 @@ def kill(
         hit = False
         while not hit:
             number = next(numbers)
-            delay = random.Random(f"{seed} {number}").uniform(0, span.seconds)
+            delay = chances(seed, number).uniform(0, span.seconds)
             problems, hit, commits = _trial(victim, work / f"trial-{number}", delay, place)
             span.learn(hit)
             if hit or problems:

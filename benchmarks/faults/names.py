@@ -36,7 +36,7 @@ def _command(words: Sequence[str], told: str) -> None:
     app(list(words))
 
 
-def _at_once(work: Path, store: Path, configs: Sequence[Path]) -> list[dict[str, Any]]:
+def at_once(work: Path, store: Path, configs: Sequence[Path]) -> list[dict[str, Any]]:
     """`opgrpo run` of several configs at the same time; what each told, with its exit code."""
     told = [work / f"{store.name}-{number}.json" for number in range(len(configs))]
     words = [["run", str(config), "--store", str(store), "--json", "--quiet"] for config in configs]
@@ -46,7 +46,9 @@ def _at_once(work: Path, store: Path, configs: Sequence[Path]) -> list[dict[str,
     for process in processes:
         process.join(LONGEST_WAIT)
     ended = [process.exitcode for process in processes]
-    return [{"exit": code} | (json.loads(file.read_text()) if code == 0 else {}) for code, file in zip(ended, told, strict=True)]
+    return [
+        {"exit": code} | (json.loads(file.read_text()) if code == 0 else {}) for code, file in zip(ended, told, strict=True)
+    ]
 
 
 def same_name(work: Path, count: int, seed: int) -> Tally:
@@ -59,30 +61,29 @@ def same_name(work: Path, count: int, seed: int) -> Tally:
     same, other = work / "same.yaml", work / "other.yaml"
     same.write_text(SETTINGS)
     other.write_text(f"seed: 1\n{SETTINGS}")
-    alone = [_at_once(work, work / f"alone-{config.stem}", [config])[0].get("policy_id") for config in (same, other)]
+    alone = [at_once(work, work / f"alone-{config.stem}", [config])[0].get("policy_id") for config in (same, other)]
     for number in range(count):
         for name, configs in (("the same settings", [same, same]), ("other settings", [same, other])):
             store = work / f"store-{name.split()[-2]}-{number}"
-            told = _at_once(work, store, configs)
+            told = at_once(work, store, configs)
             expected = [alone[config is other] for config in configs]
-            tally.count(name, _problems(store, told, expected, len(set(configs))), number)
+            tally.count(name, problems(store, told, expected, len(set(configs))), number)
     return tally
 
 
-def _problems(store: Path, told: list[dict[str, Any]], expected: list[Any], runs: int) -> list[str]:
-    problems = [f"a process ended with {one['exit']}" for one in told if one["exit"] != 0]
-    if problems:
-        return problems
-    if (found := [one["policy_id"] for one in told]) != expected:
-        problems.append(f"they ended with the policies {found}, alone they would with {expected}")
+def problems(store: Path, told: list[dict[str, Any]], expected: list[Any], runs: int) -> list[str]:
+    """What is wrong after `at_once`. expected: policies. runs: that the store must hold."""
+    found = [f"a process ended with {one['exit']}" for one in told if one["exit"] != 0]
+    if found:
+        return found
+    if (ended := [one["policy_id"] for one in told]) != expected:
+        found.append(f"they ended with the policies {ended}, alone they would with {expected}")
     opened = Store.open(str(store))
     table = opened.read_tables("trajectories", opened.files("trajectories"))
     if len(opened.directory.list("runs/*.json")) != runs or table.num_rows != runs * TRAJECTORIES:
-        problems.append(f"{len(opened.directory.list('runs/*.json'))} runs of {table.num_rows} trajectories")
+        found.append(f"{len(opened.directory.list('runs/*.json'))} runs of {table.num_rows} trajectories")
     per_run = {kind: len(opened.files(kind)) / runs for kind in ("buffers", "plans", "updates")}
     if set(per_run.values()) != {2.0}:
-        problems.append(f"files a run: {per_run}")
-    problems += [f"{finding.path}: {finding.problem}" for finding in verify(opened, deep=True).findings]
-    return problems
-
-
+        found.append(f"files a run: {per_run}")
+    found += [f"{finding.path}: {finding.problem}" for finding in verify(opened, deep=True).findings]
+    return found

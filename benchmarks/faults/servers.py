@@ -20,7 +20,7 @@ from benchmarks.faults.content import add_everything, add_shard, wrong_bytes
 from benchmarks.faults.crowds import race
 from benchmarks.faults.damage import readers
 from benchmarks.faults.kills import Log, kill
-from benchmarks.faults.tally import Tally
+from benchmarks.faults.tally import Tally, chances
 from benchmarks.store.proxy import Fault, Proxy, Request, running
 from benchmarks.store.server import S3Server, seaweedfs
 from opgrpo_data import remote
@@ -31,7 +31,7 @@ from opgrpo_data.store import Store
 from opgrpo_data.verify import verify
 
 BUCKET = "faults"
-IMPATIENT = Patience(tries=10, first_wait=0.005, longest_wait=0.02, seconds=0.4, slowest_bytes=4 * 2**20)
+IMPATIENT = Patience(tries=10, first_wait=0.005, longest_wait=0.02, seconds=0.25, slowest_bytes=4 * 2**20)
 """Of requests that fail one time in five, ten tries in a row fail once in ten millions."""
 LARGE = (32, 96, 96)
 """A shard of these is written in two parts."""
@@ -79,9 +79,9 @@ def _through(work: Path, count: int, seed: int, ways: tuple[Fault, ...], share: 
     tally = Tally(
         seed,
         f"{share:.0%} of all requests fail ({', '.join(ways)}) while a store with a file of every kind is written, read and "
-        "collected: nothing ends with an error, and seen without the proxy every byte is there, and a deep verify finds nothing",
+        "collected: no error; and seen without the proxy, every byte is there, and a deep verify finds nothing",
     )
-    failing = Failing(ways, share, random.Random(seed))
+    failing = Failing(ways, share, chances(seed))
     with s3_server(work) as server:
         number = 0
         while (before := failing.happened.total()) < count:
@@ -100,7 +100,7 @@ def _through(work: Path, count: int, seed: int, ways: tuple[Fault, ...], share: 
 @contextmanager
 def _impatient() -> Iterator[None]:
     """Short waits."""
-    with mock.patch.object(remote, "Patience", lambda: IMPATIENT):
+    with mock.patch.object(remote, "Patience", return_value=IMPATIENT):
         yield
 
 
@@ -109,8 +109,9 @@ def _worked(url: str) -> Iterator[str]:
     try:
         store = add_everything(url)
         add_shard(store, ITERATION, 0, shape=LARGE)
-        for read in readers(store).values():
-            read()
+        for reads in readers(store).values():
+            for read in reads:
+                read()
         collect(store, delete=True, grace=timedelta(0), keep_iterations=1)
         yield from _found(store)
     except (OSError, ValueError) as error:
@@ -148,7 +149,7 @@ def s3_races(work: Path, count: int, seed: int) -> Tally:
     """Eight writers of the same names; half of the rounds through a proxy that loses answers."""
     with s3_server(work) as server:
         tally = race(work, f"s3://{BUCKET}/races", (count + 1) // 2, seed, server.environment())
-        failing = Failing(("lost", "500"), 0.1, random.Random(seed))
+        failing = Failing(("lost", "500"), 0.1, chances(seed))
         with running(Proxy(server.port, fault=failing)) as proxy, leading_to(server.environment(proxy.port)):
             tally.add(race(work, f"s3://{BUCKET}/lossy", (count + 1) // 2, seed, server.environment(proxy.port)))
         tally.parts += failing.happened

@@ -231,3 +231,21 @@ def test_one_sample_has_no_known_error(finished: Finished, config: Path, tmp_pat
     shutil.copytree(finished[0], store)
     outcome = opgrpo_json("eval", config, "--store", store, "--set", "eval.samples=1")
     assert (outcome["detail"]["samples"], outcome["detail"]["standard_error"]) == (1, None)
+
+
+def test_a_run_goes_on_over_imported_trajectories(finished: Finished, config: Path, tmp_path: Path) -> None:
+    """What an import brought is not drawn again, under whatever shard's name it lies; what it lacks is."""
+    for name, condition, drawn in (("all", "true", 0), ("some", "member_index < 3", 2)):
+        tars, store = tmp_path / f"{name}-tars", tmp_path / f"{name}-store"
+        opgrpo("export", "--store", finished[0], "--as", "webdataset", "--to", tars, "--where", condition)
+        opgrpo("import", tars, "--store", store)
+        opgrpo("init", config, "--store", store)
+        assert opgrpo_json("rollout", config, "--store", store)["detail"]["trajectories"] == drawn
+        result = opgrpo_json("run", config, "--store", store)
+        rows = opgrpo_json(
+            "sql", "--store", store, "SELECT count(*) AS n, count(DISTINCT trajectory_id) AS ids FROM trajectories"
+        )
+        assert rows == [{"n": 16, "ids": 16}]
+        assert opgrpo("verify", "--store", store, "--deep").returncode == 0
+        if name == "all":
+            assert result["policy_id"] == finished[1]["policy_id"]

@@ -20,10 +20,11 @@ from opgrpo_data.garbage import Garbage, collect
 from opgrpo_data.locations import LatentLocation
 from opgrpo_data.marks import Marks, mark
 from opgrpo_data.reading import read_latents, read_media
+from opgrpo_data.shards import write_shard
 from opgrpo_data.store import Store, index_of, iteration_folder
 from opgrpo_data.verify import verify
 from tests.opgrpo_data.crashing_writer import die_at
-from tests.opgrpo_data.factories import RUN, folder, overwrite, plan, plan_rule, rewards, shard_rows
+from tests.opgrpo_data.factories import RUN, folder, overwrite, plan, plan_rule, records, rewards, shard_rows
 from tests.opgrpo_data.whole import files_of, iterate, train, whole_store
 
 DAY = timedelta(days=1)
@@ -363,3 +364,28 @@ def test_an_older_store_is_not_written_what_its_software_misreads(store: Store) 
     assert collect(store, delete=False, grace=DAY).shards == []
     overwrite(store.directory, "store.json", marker)
     assert drop(store, 1) == [index(1), index(2)]
+
+
+def test_tars_of_a_lost_index_are_kept_while_anything_speaks_of_their_shard(tmp_path: Path) -> None:
+    """The index is the commit, but it may be lost to an accident: then its tars are all that there is of the shard."""
+    store = Store.create(str(tmp_path / "store"))
+    write_shard(store.directory, folder(), "00000", records(2))
+    index = f"{folder()}/00000.parquet"
+    place = folder().removeprefix("trajectories/")
+    store.publish_table(f"rewards/reward=taste/{place}/00000.v1.000.parquet", rewards({"t0": 1.0}))
+    Path(store.directory.path(index)).unlink()
+    with pytest.raises(StoreError, match=r"00000\.parquet is gone, but rewards/.* still speaks of its shard"):
+        collect(store, delete=True, grace=timedelta(0))
+    assert len(store.directory.list(f"{folder()}/*.tar")) == 2
+    for path in store.files("rewards"):
+        store.directory.remove(path)
+    assert len(collect(store, delete=True, grace=timedelta(0)).files) == 2
+
+
+def test_files_of_other_people_stay(tmp_path: Path) -> None:
+    store = Store.create(str(tmp_path / "store"))
+    own = tmp_path / "store" / "mine" / ".tmp-notes"
+    own.parent.mkdir()
+    own.write_text("precious")
+    assert collect(store, delete=True, grace=timedelta(0)).files == []
+    assert own.exists()

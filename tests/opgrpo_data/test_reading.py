@@ -18,7 +18,7 @@ from opgrpo_data import reading
 from opgrpo_data.checksum import crc32
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.io import Directory
-from opgrpo_data.locations import LARGEST_LATENT, LatentLocation, Locations, Spans
+from opgrpo_data.locations import LARGEST_LATENT, NUMPY_DTYPES, LatentLocation, Locations, Spans
 from opgrpo_data.reading import memory, read_latents, read_many
 from opgrpo_data.shards import write_shard
 from opgrpo_data.store import Store
@@ -71,7 +71,7 @@ def judged(directory: Directory, row: dict[str, Any], first: int, last: int) -> 
         if zlib.crc32(piece) != at.checksums[k]:
             return "checksum", k
     begin, end = (at.offset + at.header + k * at.latent_bytes for k in (first, last + 1))
-    return np.frombuffer(content[begin:end], reading.NUMPY_DTYPES[at.dtype]).reshape(-1, *at.shape)
+    return np.frombuffer(content[begin:end], NUMPY_DTYPES[at.dtype]).reshape(-1, *at.shape)
 
 
 def check(directory: Directory, rows: list[dict[str, Any]], spans: Spans) -> int:
@@ -223,12 +223,12 @@ def test_many_locations_are_judged_as_one_is(lies: list[dict[str, Any]]) -> None
         assert isinstance(at, LatentLocation)
         one = Locations.single(at)
         assert at.latent_bytes <= LARGEST_LATENT
-        for where, row in ((many, i), (one, 0)):
-            assert where.ids[row].as_py() == at.trajectory_id
-            assert where.files[where.file[row]] == at.file
-            assert where.kinds[where.kind[row]] == (at.dtype, at.shape)
-            assert (where.start[row], where.size[row]) == (at.offset + at.header, at.latent_bytes)
-            checksums = where.checksums[where.checksum_at[row] :][: where.count[row]]
+        for where, k in ((many, i), (one, 0)):
+            assert where.ids[k].as_py() == at.trajectory_id
+            assert where.files[where.file[k]] == at.file
+            assert where.kinds[where.kind[k]] == (at.dtype, at.shape)
+            assert (where.start[k], where.size[k]) == (at.offset + at.header, at.latent_bytes)
+            checksums = where.checksums[where.checksum_at[k] :][: where.count[k]]
             assert tuple(checksums.tolist()) == at.checksums
 
 

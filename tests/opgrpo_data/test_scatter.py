@@ -51,25 +51,29 @@ def check(ranges: Sequence[Range]) -> None:
     assert memory[total:] == b"\xa5" * 64
 
 
+Asked = tuple[str, int, int]
+
+
 @st.composite
-def any_ranges(draw: st.DrawFn) -> list[tuple[str, int, int]]:
+def any_ranges(draw: st.DrawFn) -> list[Asked]:
     """(name, offset, length): overlapping, adjacent, a gap apart, twice the same, empty, over the end, of missing files."""
-    ranges: list[tuple[str, int, int]] = []
+    ranges: list[Asked] = []
     for _ in range(draw(st.integers(0, 12))):
-        if ranges and draw(st.booleans()):
+        if draw(st.booleans()) and ranges:
             name, offset, length = draw(st.sampled_from(ranges))
             apart = draw(st.sampled_from([-100, -1, 0, 1, 640, scatter.GAP_BYTES, scatter.GAP_BYTES + 1]))
             ranges.append((name, max(offset + length + apart, 0), draw(st.integers(0, 30_000))))
         else:
             name = draw(st.sampled_from([*SIZES, "e"]))
             ranges.append((name, draw(st.integers(0, SIZES.get(name, 9) + 9)), draw(st.integers(0, 60_000))))
-    return draw(st.permutations(ranges))
+    mixed: list[Asked] = draw(st.permutations(ranges))
+    return mixed
 
 
 @settings(max_examples=150, deadline=None)
 @given(ranges=any_ranges(), at_once=st.sampled_from([1, 2, 500]), opened=st.sampled_from([1, 2, 128]), waiting=st.booleans())
 def test_any_ranges_are_read_as_plain_reads_read_them(
-    folder: Path, ranges: list[tuple[str, int, int]], at_once: int, opened: int, waiting: bool
+    folder: Path, ranges: list[Asked], at_once: int, opened: int, waiting: bool
 ) -> None:
     with (
         patch.object(scatter, "RANGES_A_READ", at_once),
@@ -102,7 +106,7 @@ def test_more_files_than_are_opened_at_a_time(tmp_path: Path) -> None:
         held.remove(descriptor)
         real_close(descriptor)
 
-    with patch.object(scatter.os, "open", open_), patch.object(scatter.os, "close", close):
+    with patch.object(os, "open", open_), patch.object(os, "close", close):
         check([Range(str(file), 2, 5) for file in files])
     assert held == []
     assert most == scatter.OPEN_FILES
@@ -120,7 +124,7 @@ def test_short_reads_are_continued(folder: Path, at_most: int) -> None:
             room -= len(taken[-1])
         return real(descriptor, taken, offset, flags)
 
-    with patch.object(scatter.os, "preadv", short):
+    with patch.object(os, "preadv", short):
         check([Range(str(folder / "d"), offset, 50) for offset in (0, 50, 120, 170, 199_990)])
 
 
@@ -140,8 +144,8 @@ def test_what_is_not_in_memory_is_waited_for(folder: Path, error: int) -> None:
 
     ranges = [Range(str(folder / "d"), offset, 40_000) for offset in (0, 120_000)]
     with (
-        patch.object(scatter.os, "preadv", cold),
-        patch.object(scatter.os, "posix_fadvise", hint),
+        patch.object(os, "preadv", cold),
+        patch.object(os, "posix_fadvise", hint),
         patch.object(scatter, "HINT_BYTES", 30_000),
     ):
         check(ranges)

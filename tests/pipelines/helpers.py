@@ -169,6 +169,13 @@ def flipped(path: Path, offset: int) -> None:
     path.write_bytes(bytes(data))
 
 
+def doubled(store: Store) -> None:
+    """Let a second index file hold every trajectory and every reward once more."""
+    for kind in ("trajectories", "rewards"):
+        for path in store.files(kind):
+            store.publish_table(path.replace(".parquet", "-again.parquet"), store.read_tables(kind, [path]))
+
+
 def each(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Two sets of weights, parameter by parameter."""
     assert set(values) == set(others)

@@ -29,7 +29,7 @@ from pipelines.score import score
 from pipelines.selection import select
 from pipelines.settings import RewardConfig
 from tests.pipelines.bad_rewards import Mood, brightness
-from tests.pipelines.helpers import each, merged, pictures_of, rows_of, shared_policy, small
+from tests.pipelines.helpers import doubled, each, merged, pictures_of, rows_of, shared_policy, small
 
 Row = dict[str, Any]
 FORWARD: Mapping[str, Any] = {"train": {"objective": "forward", "forward": {"draws": 2, "strength": 0.1}}}
@@ -143,6 +143,17 @@ def test_unusable_trajectories_are_left_out(begin: Begin) -> None:
     assert set(frozen(begin())) == {row["trajectory_id"] for row in rows[1:]} - scored
 
 
+def test_trajectories_that_two_shards_hold_count_once(begin: Begin) -> None:
+    before = begin(name="before")
+    expected = {name: row["group_id"] for name, row in frozen(before).items()}
+    doubled(before.store)
+    rows = begin().offline_selection.to_pylist()
+    assert len(rows) == 24
+    assert {row["trajectory_id"]: row["group_id"] for row in rows} == expected
+    with pytest.raises(StoreError, match=r"small-\w+ has 24 trajectories for these prompts, 24 of them scored"):
+        begin(rollout={"prompts_per_iteration": 7})
+
+
 def test_other_prompts_and_versions_do_not_count(begin: Begin, mood: Mood) -> None:
     experiment = begin(prompts={"limit": 2}, rollout={"prompts_per_iteration": 1})
     trained = {prompt.prompt_id for prompt in experiment.prompts["train"]}
@@ -233,6 +244,16 @@ def test_large_groups_are_cut_and_single_members_have_no_group() -> None:
         ["a4", "a5", "a6", "a7"],
         ["b0", "b1", "b2", "b3"],
     ]
+
+
+def test_groups_are_put_together_within_one_run() -> None:
+    """Run r leaves a2 and d0; the newest of r and the oldest of s are neighbours in the table, not in their policies."""
+    first, second = table(("a", "p", 0, 3), ("d", "p", 5, 3)), table(("b", "p", 0, 3), ("c", "p", 1, 3))
+    both = pl.concat([first, second.with_columns(run_id=pl.lit("s"))])
+    found = regrouped(both, 4, "run")
+    assert sorted(grouped(found)) == [["a0", "a1", "a2", "d0"], ["b0", "b1", "b2", "c0"], ["c1", "c2"], ["d1", "d2"]]
+    assert found["group_id"].n_unique() == 4
+    assert regrouped(both.reverse(), 4, "run").equals(found)
 
 
 # -- an iteration --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from pipelines.restore import restore
 from pipelines.settings import RewardConfig
 from pipelines.trajectories import read_prefix
 from tests.pipelines.bad_rewards import Mood
-from tests.pipelines.helpers import flipped, perturbed, rows_of, small
+from tests.pipelines.helpers import doubled, flipped, perturbed, rows_of, small
 
 Row = dict[str, Any]
 
@@ -184,6 +184,23 @@ def test_damaged_latents_are_left_out_and_stay_where_they_are(experiment: Experi
     found = evaluated(experiment.store, base, iterations=1)
     assert (found.trajectories, found.left_out["damaged"]) == (7, 1)
     assert experiment.store.quarantined() == set()
+
+
+def test_trajectories_that_two_shards_hold_count_once(experiment: Experiment, base: str) -> None:
+    before = evaluated(experiment.store, base)
+    doubled(experiment.store)
+    assert evaluated(experiment.store, base) == before
+
+
+def test_a_policy_whose_weights_are_gone(experiment: Experiment, base: str) -> None:
+    trained = rows_of(experiment, "updates", 1)[0]["new_policy_id"]
+    shutil.rmtree(experiment.store.directory.path("states"))
+    with pytest.raises(
+        StoreError,
+        match=rf"^the store does not keep the weights of policy {trained} \(iteration 2 of run small-\w+\)\. "
+        rf"Policies that it has: {base} \(base, iteration 0\)$",
+    ):
+        evaluated(experiment.store, trained)
 
 
 def test_nothing_to_weigh(experiment: Experiment, base: str) -> None:

@@ -181,6 +181,8 @@ def test_weights_that_are_gone_or_damaged(trained: Trained, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"weights\.safetensors is damaged: .*Restore it from a copy$"):
         restore(store, ids["average"], trust_code=True)
     shutil.rmtree(tmp_path / "store/states")
-    with pytest.raises(StoreError, match=r"^run small-\w+ keeps no training state of iteration 1; it keeps \[\]"):
+    with pytest.raises(
+        StoreError, match=rf"^the store does not keep the weights of policy {ids['trained']} \(iteration 1 of run"
+    ):
         restore(store, ids["trained"], trust_code=True)
     assert restore(store, ids["base"], trust_code=True).document["kind"] == "base"

@@ -56,7 +56,7 @@ def test_a_sample_is_the_policys(trained: Trained, tmp_path: Path) -> None:
 
 def test_the_command(trained: Trained, tmp_path: Path) -> None:
     store, folder = trained("adapter").store.directory.url, tmp_path / "out"
-    words = ("sample", *TEXTS, "--policy", "last", "--store", store, "--to", folder, "--steps", "3")
+    words: tuple[str | Path, ...] = ("sample", *TEXTS, "--policy", "last", "--store", store, "--to", folder, "--steps", "3")
     told = opgrpo_json(*words)
     assert told == [str(folder / "0-0.png"), str(folder / "1-0.png")]
     assert Image.open(told[0]).size == (24, 24)

@@ -46,7 +46,8 @@ def run(kinds: Sequence[str], work: Path, quick: bool, seed: int) -> dict[str, A
             shutil.rmtree(folder, ignore_errors=True)
         seconds = round(time.monotonic() - began, 1)
         told[name] = tally.told() | {"good": tally.good, "seconds": seconds, "machine": where}
-        print(f"{name}: {tally.tried} tried, {tally.lost} lost, {seconds} s, seed {seed}", file=sys.stderr, flush=True)
+        said = f"{name}: {tally.tried} tried, {tally.lost} lost, {seconds} s, seed {seed}"
+        print(said, *tally.examples, sep="\n  ", file=sys.stderr, flush=True)
     return told
 
 

@@ -10,12 +10,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from opgrpo_data.verify import verify
 FORKS = multiprocessing.get_context("forkserver")
 LOG = "acknowledged"
 AT_ONCE = 2
+ONE_AT_A_TIME = threading.Lock()
+"""Whoever starts a process looks after all others too, and takes away the exit code from the one who waits for it."""
+
 WARM_UPS = 2
 LONGEST_WAIT = 120.0
 """Seconds after which a victim that does not end is an error."""
@@ -130,7 +134,8 @@ def _start(victim: Victim, url: str, folder: Path) -> BaseProcess:
     victim.prepare(url)
     ours, theirs = FORKS.Pipe(duplex=False)
     process = FORKS.Process(target=_be_killed, args=(victim, url, str(folder / LOG), theirs))
-    process.start()
+    with ONE_AT_A_TIME:
+        process.start()
     theirs.close()
     if not ours.poll(LONGEST_WAIT):
         raise TimeoutError(f"{victim.name} did not start")
@@ -140,12 +145,15 @@ def _start(victim: Victim, url: str, folder: Path) -> BaseProcess:
 
 
 def _end(process: BaseProcess) -> int:
-    process.join(LONGEST_WAIT)
-    code = process.exitcode
-    if code is None:
+    """The exit code of a process when it has ended."""
+    if not wait([process.sentinel], LONGEST_WAIT):
         process.kill()
         raise TimeoutError("a victim did not end")
-    process.close()
+    with ONE_AT_A_TIME:
+        process.join()
+        code = process.exitcode
+        process.close()
+    assert code is not None
     return code
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import duckdb
+
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.exchange.left_out import LeftOut
@@ -70,6 +72,8 @@ class Selection:
     def __init__(self, store: Store, reward: str | None, where: str | None, *, needs_reward: bool) -> None:
         self.store = store
         self.where = where
+        if where is not None:
+            _check_condition(where)
         self.catalog = Catalog(store)
         self.reward = _reward(self.catalog, reward, needed=needs_reward)
         self._matching = f"SELECT * FROM ({self._trajectories()}) WHERE (\n{where or 'true'}\n)"  # noqa: S608 the catalog only reads
@@ -175,6 +179,16 @@ def _joined(one: Page, other: Page) -> Page:
         one.size + other.size,
         max(one.largest, other.largest),
     )
+
+
+def _check_condition(where: str) -> None:
+    """Raise StoreError unless the text is one condition: `false) UNION ALL (...` would be a query of its own."""
+    if not where.strip():
+        raise StoreError("the condition is empty: give one, or leave --where away")
+    try:
+        duckdb.extract_statements(f"SELECT CASE WHEN (\n{where}\n) THEN 1 END")
+    except duckdb.Error as error:
+        raise StoreError(f"the condition {where!r} cannot be asked: {' '.join(str(error).split())}") from error
 
 
 def quoted(text: str) -> str:

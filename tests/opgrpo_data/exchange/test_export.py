@@ -132,6 +132,22 @@ def test_nothing_matches(store: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("", "the condition is empty"),
+        (" \n", "the condition is empty"),
+        ("false) UNION ALL (SELECT * FROM trajectories", "cannot be asked: "),
+        ("true); SELECT (1", "cannot be asked: "),
+    ],
+)
+def test_a_condition_is_one_condition(where: str, told: str, tmp_path: Path) -> None:
+    store = filled(str(tmp_path / "store"), iterations=1)
+    with pytest.raises(StoreError, match=told):
+        export_dataset(store, str(tmp_path / "out"), "webdataset", where=where)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_left(tmp_path: Path) -> None:
     store = filled(str(tmp_path / "store"), iterations=1)
     quarantined(store, "run-0-i0g0m0")

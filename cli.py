@@ -390,7 +390,7 @@ def verify(
 ) -> None:
     """Look for anything in the store that is not as it was written. Exit code 1 when something is wrong."""
     with _errors():
-        from opgrpo_data.verify import verify
+        from opgrpo_data.upkeep.verify import verify
         from pipelines.console import show_report
         from pipelines.progress import Progress
 
@@ -411,7 +411,7 @@ def gc(
     ] = None,
 ) -> Any:
     """Remove what killed commands left behind, and, if asked, the bytes of trajectories that nothing needs any more."""
-    from opgrpo_data.garbage import collect
+    from opgrpo_data.upkeep.garbage import collect
 
     grace = timedelta(hours=grace_hours)
     return asdict(collect(_open(store), delete=delete, grace=grace, keep_iterations=keep_iterations))
@@ -421,7 +421,7 @@ def gc(
 @_tells
 def compact(store: StoreUrl = DEFAULT_STORE, dry_run: DryRun = False) -> Any:
     """Merge many small index files into a few large ones that SQL reads faster. Tars are not touched."""
-    from opgrpo_data.compaction import compact
+    from opgrpo_data.upkeep.compaction import compact
 
     return compact(_open(store), dry_run=dry_run)
 
@@ -443,7 +443,7 @@ def pin(
 @_tells
 def migrate(store: StoreUrl = DEFAULT_STORE, dry_run: DryRun = False) -> Any:
     """Raise a store to the present format version. Older software cannot open it afterwards."""
-    from opgrpo_data.migrate import migrate
+    from opgrpo_data.upkeep.migrate import migrate
 
     return migrate(store, dry_run=dry_run)
 

@@ -18,11 +18,11 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from opgrpo_data.errors import StoreError
-from opgrpo_data.files import TEMPORARY_PREFIX, Entry, Files, Range
-from opgrpo_data.local import LocalFiles
-from opgrpo_data.remote import RemoteFiles
-from opgrpo_data.retries import CREDENTIALS
-from opgrpo_data.s3 import s3_options
+from opgrpo_data.places.files import TEMPORARY_PREFIX, Entry, Files, Range
+from opgrpo_data.places.local import LocalFiles
+from opgrpo_data.places.remote import RemoteFiles
+from opgrpo_data.places.retries import CREDENTIALS
+from opgrpo_data.places.s3 import s3_options
 
 WITH_PASSWORD = re.compile(r"://[^/@:]*:[^@]*@")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -102,8 +102,9 @@ class Directory:
 
     def read_ranges(self, ranges: Sequence[Range], into: memoryview) -> Sequence[int]:
         """Fill `into` with ranges of files, one behind the other; returns the bytes found of each, 0 where there is no file."""
-        full = [Range(self.path(wanted.file), wanted.offset, wanted.length) for wanted in ranges]
-        return self.files.read_ranges(full, into)
+        full = {file: self.path(file) for file in {wanted.file for wanted in ranges}}
+        ranges = [Range(full[file], offset, length) for file, offset, length in ranges]
+        return self.files.read_ranges(ranges, into)
 
     def write_atomic(self, relative: str) -> AbstractContextManager[BinaryIO]:
         """A file to write into that appears under its name, whole and on disk, when the block ends without an error."""

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from opgrpo_data.errors import StoreError
-from opgrpo_data.files import Range
+from opgrpo_data.places.files import Range
 from opgrpo_data.schema import LOCATION
 
 # NumPy has no bfloat16: its bits travel as uint16, and `latent_dtype` says what they mean.
@@ -194,6 +194,14 @@ class Spans:
     def total(self) -> int:
         """Bytes of all."""
         return int(self.length.sum())
+
+    def checksums(self) -> NDArray[np.uint32]:
+        """crc32 of each latent, one trajectory behind the other."""
+        count = self.last - self.first + 1
+        ends = np.cumsum(count)
+        begins = self.locations.checksum_at + self.first - (ends - count)
+        wanted: NDArray[np.uint32] = self.locations.checksums[np.repeat(begins, count) + np.arange(count.sum())]
+        return wanted
 
     def ranges(self) -> list[Range]:
         """Where they lie, in order."""

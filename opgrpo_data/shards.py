@@ -83,8 +83,8 @@ def write_shard(directory: Directory, folder: str, shard: str, records: Iterable
     Raises ValueError when a record does not fit the schema, or its latents are not what its row says. Until the index is
     published nothing is visible to readers.
 
-    Memory: the record in hand, what the directory keeps of two files under way (opgrpo_data.local, opgrpo_data.remote), and
-    at most INDEX_BYTES a trajectory until the index is published.
+    Memory: the record in hand, what the directory keeps of two files under way (opgrpo_data.places), and at most INDEX_BYTES
+    a trajectory until the index is published.
     """
     checked_name(shard, "shard")
     attempt = secrets.token_hex(4)

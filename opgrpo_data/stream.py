@@ -21,7 +21,7 @@ from opgrpo_data.reading import LARGE_BYTES, Read, memory, read_many
 RING = 3
 """Buffers: one is trained on, the others are being filled, or full."""
 
-WINDOW_BYTES = 16 * 2**20
+WINDOW_BYTES = 32 * 2**20
 """Small microsteps are read together, up to this size: then the disk is asked for many at once, in the order they lie in."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from opgrpo_data.files import TEMPORARY_PREFIX
+from opgrpo_data.places.files import TEMPORARY_PREFIX
 from opgrpo_data.store import TABLES, Store
 
 SETTLED_SECONDS = 2.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opgrpo_data.verify import Report
+    from opgrpo_data.upkeep.verify import Report
     from pipelines.experiment import Outcome
     from pipelines.loop import Result
 

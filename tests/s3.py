@@ -12,11 +12,11 @@ import s3fs
 
 from benchmarks.store.proxy import Fault, Proxy, Request, running
 from benchmarks.store.server import S3Server, seaweedfs
-from opgrpo_data import remote
 from opgrpo_data.io import Directory
-from opgrpo_data.remote import RemoteFiles
-from opgrpo_data.retries import Patience, Server
-from opgrpo_data.s3 import S3Objects
+from opgrpo_data.places import remote
+from opgrpo_data.places.remote import RemoteFiles
+from opgrpo_data.places.retries import Patience, Server
+from opgrpo_data.places.s3 import S3Objects
 
 BUCKET = "opgrpo-tests"
 QUICK = Patience(tries=5, first_wait=0.002, longest_wait=0.01, seconds=5.0, slowest_bytes=2**25)

@@ -11,10 +11,10 @@ from pathlib import Path
 from benchmarks.faults import cleaners, victims
 from benchmarks.faults.content import SHAPE, add_shard, shard_index, table
 from benchmarks.faults.kills import Log, Victim
-from opgrpo_data.compaction import compact
-from opgrpo_data.garbage import collect
 from opgrpo_data.io import Directory
 from opgrpo_data.store import Store
+from opgrpo_data.upkeep.compaction import compact
+from opgrpo_data.upkeep.garbage import collect
 
 
 def index_first(store: Store, iteration: int, shard: int, *, writer: int = 0, shape: Sequence[int] = SHAPE) -> bool:

@@ -22,11 +22,11 @@ from benchmarks.faults.content import (
 )
 from benchmarks.faults.kills import Log, Victim
 from benchmarks.faults.victims import linked, template
-from opgrpo_data.compaction import compact
-from opgrpo_data.files import TEMPORARY_PREFIX
-from opgrpo_data.garbage import collect
 from opgrpo_data.pieces import MANY_FILES, read_pieces
+from opgrpo_data.places.files import TEMPORARY_PREFIX
 from opgrpo_data.store import Store, index_of, iteration_folder
+from opgrpo_data.upkeep.compaction import compact
+from opgrpo_data.upkeep.garbage import collect
 
 HOUR = timedelta(hours=1)
 KEEP = 2

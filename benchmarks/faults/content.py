@@ -13,11 +13,11 @@ import safetensors.numpy
 
 from opgrpo_data import schema
 from opgrpo_data.errors import CorruptionError
-from opgrpo_data.garbage import collect
 from opgrpo_data.locations import Locations, Spans
 from opgrpo_data.reading import read_many, read_media
 from opgrpo_data.shards import Record, write_shard
 from opgrpo_data.store import TABLES, Store, iteration_folder
+from opgrpo_data.upkeep.garbage import collect
 
 RUN = "faults"
 STEPS = 4

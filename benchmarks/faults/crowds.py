@@ -27,12 +27,12 @@ from benchmarks.faults.content import (
 )
 from benchmarks.faults.kills import FORKS
 from benchmarks.faults.tally import Tally, chances
-from opgrpo_data import garbage
 from opgrpo_data import store as stores
-from opgrpo_data.files import TEMPORARY_PREFIX
-from opgrpo_data.garbage import collect
+from opgrpo_data.places.files import TEMPORARY_PREFIX
 from opgrpo_data.store import Store, iteration_folder
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep import garbage
+from opgrpo_data.upkeep.garbage import collect
+from opgrpo_data.upkeep.verify import verify
 
 WRITERS = 8
 LONGEST_WAIT = 300

@@ -19,7 +19,7 @@ from opgrpo_data.errors import CorruptionError
 from opgrpo_data.locations import Locations, Spans
 from opgrpo_data.reading import read_many, read_media
 from opgrpo_data.store import MARKER, TABLES, Store, index_of
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep.verify import verify
 
 BLOCK = tarfile.BLOCKSIZE
 FOUND = "a deep verify names the damaged file, and a reader gets an error or what was written"

@@ -19,13 +19,13 @@ from pathlib import Path
 from benchmarks.faults import cleaners
 from benchmarks.faults.content import SHAPE, add_shard, trajectory_id, weights, wrong_bytes
 from benchmarks.faults.tally import Tally, chances
-from opgrpo_data.compaction import compact
 from opgrpo_data.errors import CorruptionError
 from opgrpo_data.exchange.export import FORMS, export_dataset
-from opgrpo_data.files import TEMPORARY_PREFIX
-from opgrpo_data.garbage import collect
+from opgrpo_data.places.files import TEMPORARY_PREFIX
 from opgrpo_data.store import Store
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep.compaction import compact
+from opgrpo_data.upkeep.garbage import collect
+from opgrpo_data.upkeep.verify import verify
 
 MOUNT = "mount"
 DISK_MIB = 8

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.faults.tally import Tally, chances
 from opgrpo_data.store import Store
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep.verify import verify
 
 FORKS = multiprocessing.get_context("forkserver")
 LOG = "acknowledged"

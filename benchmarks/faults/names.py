@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.faults.kills import FORKS
 from benchmarks.faults.tally import Tally
 from opgrpo_data.store import Store
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep.verify import verify
 
 LONGEST_WAIT = 600
 TRAJECTORIES = 16

@@ -23,12 +23,12 @@ from benchmarks.faults.kills import Log, kill
 from benchmarks.faults.tally import Tally, chances
 from benchmarks.store.proxy import Fault, Proxy, Request, running
 from benchmarks.store.server import S3Server, seaweedfs
-from opgrpo_data import remote
-from opgrpo_data.garbage import collect
-from opgrpo_data.retries import Patience, Server
-from opgrpo_data.s3 import S3Objects
+from opgrpo_data.places import remote
+from opgrpo_data.places.retries import Patience, Server
+from opgrpo_data.places.s3 import S3Objects
 from opgrpo_data.store import Store
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep.garbage import collect
+from opgrpo_data.upkeep.verify import verify
 
 BUCKET = "faults"
 IMPATIENT = Patience(tries=10, first_wait=0.005, longest_wait=0.02, seconds=0.25, slowest_bytes=4 * 2**20)

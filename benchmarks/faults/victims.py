@@ -24,9 +24,9 @@ from benchmarks.faults.content import (
 )
 from benchmarks.faults.kills import Log, Victim
 from opgrpo_data.exchange.importing import import_dataset
-from opgrpo_data.migrate import migrate
 from opgrpo_data.schema import SCHEMA_VERSION
 from opgrpo_data.store import TABLES, Store, iteration_folder
+from opgrpo_data.upkeep.migrate import migrate
 
 SHARDS = 6
 ROUNDS = 3

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from opgrpo_data.files import Range
+from opgrpo_data.places.files import Range
 
 BLOCK = 2**20
 QUEUE = 16

@@ -15,8 +15,8 @@ from benchmarks.store import raw
 from benchmarks.store.data import SD3, SMALL, STEPS, Size, records
 from benchmarks.store.machine import Measure, measured
 from opgrpo_data.errors import CorruptionError
-from opgrpo_data.files import Range
 from opgrpo_data.locations import Locations, Spans
+from opgrpo_data.places.files import Range
 from opgrpo_data.reading import memory, read_many
 from opgrpo_data.schema import BUFFERS, conform
 from opgrpo_data.shards import write_shard

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 
 from benchmarks.store.machine import Measure, measured
 from opgrpo_data.buffer import QUERIES
-from opgrpo_data.compaction import compact
 from opgrpo_data.index import Index
 from opgrpo_data.schema import REWARDS, TRAJECTORIES, to_parquet
 from opgrpo_data.store import Store, iteration_folder
+from opgrpo_data.upkeep.compaction import compact
 
 RUN, REWARD, VERSION = "benchmark", "taste", "1"
 STEPS = 4

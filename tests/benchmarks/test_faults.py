@@ -1,6 +1,6 @@
 """The small version of benchmarks.faults: nothing is lost, and what is deliberately broken is caught.
 
-That of failing servers is tests/opgrpo_data/test_remote_faults.py.
+That of failing servers is tests/opgrpo_data/places/test_remote_faults.py.
 """
 
 from __future__ import annotations

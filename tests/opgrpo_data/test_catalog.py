@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opgrpo_data import buffer, compaction
+from opgrpo_data import buffer
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.schema import DENSITIES, EVALS, POLICIES, REWARDS, RUNS, UPDATES, table_of
 from opgrpo_data.shards import write_shard
 from opgrpo_data.store import TABLES, Store, iteration_folder
+from opgrpo_data.upkeep import compaction
 from tests.opgrpo_data.factories import (
     RUN,
     buffer_rule,

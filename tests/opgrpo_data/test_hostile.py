@@ -16,13 +16,13 @@ from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.exchange.export import export_dataset
 from opgrpo_data.exchange.importing import import_dataset
-from opgrpo_data.garbage import collect
 from opgrpo_data.locations import LatentLocation, Locations, Spans
 from opgrpo_data.reading import read_latents, read_many, read_media
 from opgrpo_data.schema import TRAJECTORIES, table_of, to_parquet
 from opgrpo_data.seal import JSON_BYTES, read_json, sealed_json
 from opgrpo_data.store import Store
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep.garbage import collect
+from opgrpo_data.upkeep.verify import verify
 from tests.opgrpo_data.factories import folder, overwrite, shard_rows
 from tests.opgrpo_data.hostile import TARS, one_line, outside, refusal, small_store, watched
 

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opgrpo_data import compaction, index, pieces, watch
-from opgrpo_data.compaction import compact
+from opgrpo_data import index, pieces, watch
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.ids import trajectory_id
 from opgrpo_data.index import Index
 from opgrpo_data.schema import DROPPED, table_of
 from opgrpo_data.store import Store
+from opgrpo_data.upkeep import compaction
+from opgrpo_data.upkeep.compaction import compact
 from opgrpo_data.watch import Watch
 from tests.opgrpo_data.factories import RUN, folder, located_row, overwrite, reward_row, rewards, trajectories
 

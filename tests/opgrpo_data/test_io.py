@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opgrpo_data.errors import StoreError
-from opgrpo_data.files import TEMPORARY_PREFIX
 from opgrpo_data.io import NAME, Directory, checked_name
-from opgrpo_data.remote import RemoteFiles
+from opgrpo_data.places.files import TEMPORARY_PREFIX
+from opgrpo_data.places.remote import RemoteFiles
 from opgrpo_data.shards import write_shard
 from opgrpo_data.store import Store
 from tests.opgrpo_data.factories import folder, records, shard_rows

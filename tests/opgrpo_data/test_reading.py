@@ -95,24 +95,31 @@ def check(directory: Directory, rows: list[dict[str, Any]], spans: Spans) -> int
 
 @st.composite
 def any_spans(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
-    """Trajectories, some of them twice, and of each the first and last latent."""
-    which = draw(st.lists(st.integers(0, COUNT - 1), max_size=30))
+    """Trajectories, all of one kind or not, some of them twice, and of each the first and last latent."""
+    step = draw(st.sampled_from([1, len(KINDS)]))  # all of one kind are judged together
+    which = [step * i for i in draw(st.lists(st.integers(0, COUNT // step - 1), max_size=30))]
     pairs = [sorted(draw(st.tuples(st.integers(0, STEPS), st.integers(0, STEPS)))) for _ in which]
     return which, [first for first, _ in pairs], [last for _, last in pairs]
 
 
-PARTS = st.sampled_from([(1, 1), (200, 1), (10**6, 1), (1, 10**6)])
+PARTS = st.fixed_dictionaries(
+    {
+        "PART_BYTES": st.sampled_from([1, 200, 10**6]),
+        "LARGE_BYTES": st.sampled_from([1, 10**6]),
+        "MANY": st.sampled_from([1, 8]),
+    }
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(asked=any_spans(), parts=PARTS)
 def test_any_trajectories_are_what_was_written(
-    filled: Filled, asked: tuple[list[int], list[int], list[int]], parts: tuple[int, int]
+    filled: Filled, asked: tuple[list[int], list[int], list[int]], parts: dict[str, int]
 ) -> None:
     """Whatever their order, shapes and dtypes, and however many threads share the work."""
     which, first, last = asked
     rows = [filled.rows[i] for i in which]
-    with patch.object(reading, "PART_BYTES", parts[0]), patch.object(reading, "LARGE_BYTES", parts[1]):
+    with patch.dict(reading.__dict__, parts):
         found = read_many(filled.directory, spans_of(rows, first, last))
     for row, read, a, b in zip(rows, found, first, last, strict=True):
         assert not isinstance(read, CorruptionError)
@@ -126,7 +133,7 @@ def test_damage_of_some_is_told_and_the_others_are_read(
     filled: Filled,
     data: st.DataObject,
     asked: tuple[list[int], list[int], list[int]],
-    parts: tuple[int, int],
+    parts: dict[str, int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     copy = tmp_path_factory.mktemp("damaged")
@@ -146,7 +153,7 @@ def test_damage_of_some_is_told_and_the_others_are_read(
                 path.unlink()
     which, first, last = asked
     rows = [filled.rows[i] for i in which]
-    with patch.object(reading, "PART_BYTES", parts[0]), patch.object(reading, "LARGE_BYTES", parts[1]):
+    with patch.dict(reading.__dict__, parts):
         check(directory, rows, spans_of(rows, first, last))
     shutil.rmtree(copy)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from webdataset.writer import TarWriter
 
-from opgrpo_data import local
 from opgrpo_data.io import Directory
+from opgrpo_data.places import local
 from opgrpo_data.seal import sealed_json
 from opgrpo_data.shards import INDEX_BYTES, Record, write_shard
 from opgrpo_data.store import Store

@@ -26,9 +26,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from opgrpo_data.errors import CorruptionError, StoreError
-from opgrpo_data.files import Range
 from opgrpo_data.io import Directory
 from opgrpo_data.locations import LatentLocation
+from opgrpo_data.places.files import Range
 from opgrpo_data.reading import read_latents, read_media
 from opgrpo_data.seal import read_json
 from opgrpo_data.shards import Record, write_shard

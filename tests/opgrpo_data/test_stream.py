@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opgrpo_data.errors import StoreError
-from opgrpo_data.files import Range
 from opgrpo_data.io import Directory
 from opgrpo_data.locations import LatentLocation
+from opgrpo_data.places.files import Range
 from opgrpo_data.reading import read_latents
 from opgrpo_data.schema import PLANS, table_of
 from opgrpo_data.shards import write_shard

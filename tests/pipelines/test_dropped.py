@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from opgrpo_data.garbage import collect
 from opgrpo_data.schema import DROPPED, table_of
 from opgrpo_data.store import index_of
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep.garbage import collect
+from opgrpo_data.upkeep.verify import verify
 from pipelines.experiment import Experiment
 from pipelines.groups import shard_tasks
 from pipelines.loop import STAGES

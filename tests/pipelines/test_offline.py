@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from opgrpo_data.errors import CorruptionError, StoreError
-from opgrpo_data.garbage import collect
 from opgrpo_data.schema import REWARDS, table_of
+from opgrpo_data.upkeep.garbage import collect
 from pipelines.config import ConfigError, RunConfig
 from pipelines.evaluation import evaluate
 from pipelines.experiment import Experiment

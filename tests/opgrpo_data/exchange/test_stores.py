@@ -20,7 +20,7 @@ from opgrpo_data.io import Directory
 from opgrpo_data.schema import DROPPED, LOCATION, TRAJECTORIES, table_of, to_parquet
 from opgrpo_data.seal import read_json, sealed_json
 from opgrpo_data.store import Store, now
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep.verify import verify
 from tests.opgrpo_data.exchange.made import PLACES, contents, damage, filled, quarantined, rows_of, same
 from tests.opgrpo_data.factories import overwrite, reward_row, rewards, shard_rows
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opgrpo_data import ids, tars
+from opgrpo_data import ids
 from opgrpo_data.checksum import crc32
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.io import Directory
@@ -19,7 +19,8 @@ from opgrpo_data.locations import NUMPY_DTYPES, LatentLocation
 from opgrpo_data.schema import LOCATION
 from opgrpo_data.seal import check_seal, read_json
 from opgrpo_data.store import index_of
-from opgrpo_data.tars import BLOCK, Expected
+from opgrpo_data.upkeep import tars
+from opgrpo_data.upkeep.tars import BLOCK, Expected
 
 Row = Mapping[str, Any]
 MEDIA_COLUMNS = ("media_file", "media_format", "media_offset", "media_length", "media_crc32")

@@ -14,18 +14,18 @@ from unittest.mock import patch
 
 import pytest
 
-from opgrpo_data import compaction
 from opgrpo_data.errors import CorruptionError, StoreError
-from opgrpo_data.garbage import Garbage, collect
 from opgrpo_data.locations import LatentLocation
-from opgrpo_data.marks import Marks, mark
 from opgrpo_data.reading import read_latents, read_media
 from opgrpo_data.shards import write_shard
 from opgrpo_data.store import Store, index_of, iteration_folder
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep import compaction
+from opgrpo_data.upkeep.garbage import Garbage, collect
+from opgrpo_data.upkeep.marks import Marks, mark
+from opgrpo_data.upkeep.verify import verify
 from tests.opgrpo_data.crashing_writer import die_at
 from tests.opgrpo_data.factories import RUN, folder, overwrite, plan, plan_rule, records, rewards, shard_rows
-from tests.opgrpo_data.whole import files_of, iterate, train, whole_store
+from tests.opgrpo_data.upkeep.whole import files_of, iterate, train, whole_store
 
 DAY = timedelta(days=1)
 NONE = timedelta(0)
@@ -297,7 +297,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> No
         next(looks)()
         return mark(store, keep)
 
-    monkeypatch.setattr("opgrpo_data.garbage.mark", interrupted)
+    monkeypatch.setattr("opgrpo_data.upkeep.garbage.mark", interrupted)
 
 
 def test_a_plan_that_is_published_meanwhile_keeps_its_trajectories(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

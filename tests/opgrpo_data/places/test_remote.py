@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.store.proxy import Proxy
-from opgrpo_data import remote
-from opgrpo_data.files import Range
 from opgrpo_data.io import Directory
-from opgrpo_data.objects import Page
-from opgrpo_data.remote import CONCURRENT, GAP_BYTES, PIECE_BYTES, READING_BYTES, RemoteFiles
-from opgrpo_data.retries import Patience
-from opgrpo_data.s3 import PART_BYTES
+from opgrpo_data.places import remote
+from opgrpo_data.places.files import Range
+from opgrpo_data.places.objects import Page
+from opgrpo_data.places.remote import CONCURRENT, GAP_BYTES, PIECE_BYTES, READING_BYTES, RemoteFiles
+from opgrpo_data.places.retries import Patience
+from opgrpo_data.places.s3 import PART_BYTES
 from tests import s3 as servers
 from tests.s3 import unfinished_uploads
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, islice
 
-from opgrpo_data.files import Range
+from opgrpo_data.places.files import Range
 
 OPEN_FILES = 128
 """Files that one call holds open at a time."""

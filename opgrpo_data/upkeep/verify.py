@@ -16,8 +16,8 @@ from opgrpo_data import generations, seal, tensors
 from opgrpo_data.checksum import crc32
 from opgrpo_data.documents import DOCUMENT_KEYS, document_problem
 from opgrpo_data.errors import StoreError
-from opgrpo_data.shard_checks import Damage, Shard
 from opgrpo_data.store import MARKER, TABLES, Store
+from opgrpo_data.upkeep.shard_checks import Damage, Shard
 
 SEALED_SINCE = (1, 2)
 UNSEALED_FILES = "migrations/*.json"

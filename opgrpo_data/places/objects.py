@@ -1,4 +1,4 @@
-"""What RemoteFiles asks of an object store. `FsspecObjects` is any filesystem of fsspec; `opgrpo_data.s3` speaks S3 itself."""
+"""What RemoteFiles asks of an object store. `FsspecObjects` is any filesystem of fsspec; `s3` beside it speaks S3 itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fsspec import AbstractFileSystem
 
-from opgrpo_data.files import Entry
+from opgrpo_data.places.files import Entry
 
 
 @dataclass(frozen=True)

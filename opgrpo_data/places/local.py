@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opgrpo_data.files import TEMPORARY_PREFIX, Entry, Range
-from opgrpo_data.scatter import read_scattered
+from opgrpo_data.places.files import TEMPORARY_PREFIX, Entry, Range
+from opgrpo_data.places.scatter import read_scattered
 
 BUFFER_BYTES = 256 * 1024
 DRAIN_BYTES = 8 * 1024 * 1024

@@ -19,10 +19,10 @@ from typing import BinaryIO, cast
 
 from fsspec import AbstractFileSystem
 
-from opgrpo_data.files import Entry, Range
-from opgrpo_data.objects import FsspecObjects, Objects, Page
-from opgrpo_data.retries import Patience, Server
-from opgrpo_data.upload import Upload
+from opgrpo_data.places.files import Entry, Range
+from opgrpo_data.places.objects import FsspecObjects, Objects, Page
+from opgrpo_data.places.retries import Patience, Server
+from opgrpo_data.places.upload import Upload
 
 CONCURRENT = 32
 PIECE_BYTES = 2 * 1024 * 1024
@@ -184,7 +184,7 @@ class RemoteFiles:
 
 def _objects(filesystem: AbstractFileSystem, patience: Patience) -> Objects:
     if "s3" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
-        from opgrpo_data.s3 import S3Objects
+        from opgrpo_data.places.s3 import S3Objects
 
         return S3Objects(filesystem, patience)
     return FsspecObjects(filesystem)

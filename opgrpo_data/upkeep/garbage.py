@@ -1,8 +1,8 @@
 """What a store can do without: leftovers of killed commands, and, if asked, bytes of trajectories that nothing needs any more.
 
 Leftovers are told by their age, by the clock of the place where they lie: what is younger than the grace period may be under
-way. Trajectories are told by marks (opgrpo_data.marks). A shard that has none is dropped in an order that can be cut short
-anywhere: its row in the table `dropped` first, so that nobody chooses it any more; then a second look at the marks; then
+way. Trajectories are told by marks (opgrpo_data.upkeep.marks). A shard that has none is dropped in an order that can be cut
+short anywhere: its row in the table `dropped` first, so that nobody chooses it any more; then a second look at the marks; then
 its tars go. Its index stays: lineage, densities and rewards remain to be asked for.
 """
 
@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from opgrpo_data.compaction import superseded_generations
 from opgrpo_data.errors import StoreError
-from opgrpo_data.files import TEMPORARY_PREFIX, Entry
-from opgrpo_data.marks import mark
+from opgrpo_data.places.files import TEMPORARY_PREFIX, Entry
 from opgrpo_data.schema import DROPPED, table_of
 from opgrpo_data.seal import read_json
 from opgrpo_data.store import TABLES, Store, index_of, now, require_current
+from opgrpo_data.upkeep.compaction import superseded_generations
+from opgrpo_data.upkeep.marks import mark
 
 OURS = {kind.pattern.partition("/")[0] for kind in TABLES.values()} | {
     *("runs", "policies", "conditions", "states", "catalog", "pins", "migrations")

@@ -16,16 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opgrpo_data import compaction
 from opgrpo_data.errors import StoreError
 from opgrpo_data.io import Directory
 from opgrpo_data.schema import DROPPED, TRAJECTORIES, UPDATES, table_of, to_parquet
 from opgrpo_data.seal import sealed_json
 from opgrpo_data.shards import write_shard
 from opgrpo_data.store import Store, iteration_folder
-from opgrpo_data.verify import Report, verify
+from opgrpo_data.upkeep import compaction
+from opgrpo_data.upkeep.verify import Report, verify
 from tests.opgrpo_data.factories import RUN, folder, overwrite, random_latents, record, records, shard_rows
-from tests.opgrpo_data.whole import files_of, whole_store, with_digest
+from tests.opgrpo_data.upkeep.whole import files_of, whole_store, with_digest
 
 
 class Contents(dict[str, bytes]):

@@ -17,11 +17,11 @@ from benchmarks.store.proxy import Fault, Proxy, Request
 from benchmarks.store.server import PASSWORD, S3Server
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
-from opgrpo_data.files import Range
 from opgrpo_data.io import Directory
 from opgrpo_data.locations import LatentLocation
+from opgrpo_data.places.files import Range
+from opgrpo_data.places.s3 import S3Objects, S3Parts
 from opgrpo_data.reading import read_latents, read_media
-from opgrpo_data.s3 import S3Objects, S3Parts
 from opgrpo_data.shards import write_shard
 from opgrpo_data.store import Store
 from opgrpo_data.stream import stream
@@ -88,7 +88,7 @@ def test_every_use_bears_every_fault(use: str, proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("fault", ["silent", "slow"])
 def test_who_does_not_answer_in_time_is_asked_again(fault: Fault, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opgrpo_data.remote.Patience", lambda: replace(QUICK, seconds=1.0))
+    monkeypatch.setattr("opgrpo_data.places.remote.Patience", lambda: replace(QUICK, seconds=1.0))
     directory = prepared()
     start = time.monotonic()
     proxy.fault = failing(fault, 1, "GET")
@@ -194,7 +194,7 @@ def test_a_store_over_a_bad_line_is_the_same(proxy: Proxy, tmp_path: Path, monke
     """One request in five fails, in any of six ways."""
     chance = random.Random(0)
     proxy.fault = lambda _: chance.choice(FAULTS) if chance.random() < 0.2 else None
-    monkeypatch.setattr("opgrpo_data.remote.Patience", lambda: replace(QUICK, tries=12))
+    monkeypatch.setattr("opgrpo_data.places.remote.Patience", lambda: replace(QUICK, tries=12))
     assert use_store(new_url()) == use_store(str(tmp_path / "store"))
     assert len(proxy.requests) > 60
 

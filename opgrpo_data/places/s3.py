@@ -13,9 +13,9 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.asyn import sync
 
-from opgrpo_data.files import Entry
-from opgrpo_data.objects import Page, Parts
-from opgrpo_data.retries import Patience
+from opgrpo_data.places.files import Entry
+from opgrpo_data.places.objects import Page, Parts
+from opgrpo_data.places.retries import Patience
 
 CONNECTIONS = 32
 """Requests that are under way at once: reads of ranges never have more."""

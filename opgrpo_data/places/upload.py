@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from contextlib import suppress
 
-from opgrpo_data.objects import Objects
-from opgrpo_data.retries import Server
+from opgrpo_data.places.objects import Objects
+from opgrpo_data.places.retries import Server
 
 
 class Upload(io.RawIOBase):

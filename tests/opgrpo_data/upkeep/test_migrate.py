@@ -14,18 +14,18 @@ import pytest
 from opgrpo_data import buffer
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
-from opgrpo_data.garbage import collect
 from opgrpo_data.locations import LatentLocation
-from opgrpo_data.migrate import CHANGES, migrate
 from opgrpo_data.reading import read_latents, read_media
 from opgrpo_data.schema import SCHEMA_VERSION
 from opgrpo_data.seal import sealed_json
 from opgrpo_data.store import TABLES, Store, index_of, require_current
 from opgrpo_data.stream import stream
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep.garbage import collect
+from opgrpo_data.upkeep.migrate import CHANGES, migrate
+from opgrpo_data.upkeep.verify import verify
 from tests.opgrpo_data.factories import buffer_rule, no_buffer, overwrite, plan, plan_rule
 from tests.opgrpo_data.fixtures.make import FOLDER, SOFTWARE
-from tests.opgrpo_data.whole import files_of
+from tests.opgrpo_data.upkeep.whole import files_of
 
 VERSIONS = sorted(SOFTWARE)
 OLDER = [version for version in VERSIONS if version != SCHEMA_VERSION]
@@ -202,7 +202,7 @@ def test_killed_before_the_marker_it_is_done_again(copy: Store, monkeypatch: pyt
             raise KeyboardInterrupt
         return sealed_json(document, **style)
 
-    monkeypatch.setattr("opgrpo_data.migrate.sealed_json", dies_at_the_marker)
+    monkeypatch.setattr("opgrpo_data.upkeep.migrate.sealed_json", dies_at_the_marker)
     with pytest.raises(KeyboardInterrupt):
         migrate(copy.directory.url)
     assert copy.version == version

@@ -1,6 +1,6 @@
 """A process that forks compactors which kill themselves; see crashing_writer, whose protocol it speaks.
 
-Run as `python -m tests.opgrpo_data.crashing_compactor`. For each line on stdin, a JSON object {store, many, die_at}, it
+Run as `python -m tests.opgrpo_data.upkeep.crashing_compactor`. For each line on stdin, a JSON object {store, many, die_at}, it
 forks a compactor, to which `many` files are worth a generation, and prints its wait status.
 """
 
@@ -10,8 +10,9 @@ import json
 import os
 import sys
 
-from opgrpo_data import compaction, pieces
+from opgrpo_data import pieces
 from opgrpo_data.store import Store
+from opgrpo_data.upkeep import compaction
 from tests.opgrpo_data.crashing_writer import die_at
 
 

@@ -19,7 +19,7 @@ from botocore.exceptions import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opgrpo_data.retries import Patience, Server, is_transient
+from opgrpo_data.places.retries import Patience, Server, is_transient
 
 PLACE = "s3://bucket/some/key"
 URL = {"endpoint_url": "http://server"}
@@ -82,7 +82,7 @@ def test_a_try_may_take_longer_the_more_it_moves() -> None:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long was waited; nobody does."""
     waited: list[float] = []
-    monkeypatch.setattr("opgrpo_data.retries.time.sleep", waited.append)
+    monkeypatch.setattr("opgrpo_data.places.retries.time.sleep", waited.append)
     return waited
 
 

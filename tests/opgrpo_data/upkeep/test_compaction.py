@@ -17,8 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opgrpo_data import compaction, pieces
-from opgrpo_data.compaction import compact, superseded_generations
+from opgrpo_data import pieces
 from opgrpo_data.errors import StoreError
 from opgrpo_data.generations import Generation, faults, in_force
 from opgrpo_data.io import Directory
@@ -26,6 +25,8 @@ from opgrpo_data.pieces import read_pieces
 from opgrpo_data.schema import TRAJECTORIES
 from opgrpo_data.seal import read_json, sealed_json
 from opgrpo_data.store import Store
+from opgrpo_data.upkeep import compaction
+from opgrpo_data.upkeep.compaction import compact, superseded_generations
 from tests.opgrpo_data.factories import folder, located_row, overwrite, rewards, trajectories
 
 MANY = 4
@@ -246,7 +247,7 @@ def test_a_compaction_that_breaks_off_anywhere_changes_nothing_for_readers(tmp_p
 def test_killed_compactors_lose_nothing(tmp_path: Path) -> None:
     store = filled(str(tmp_path / "store"))
     expected = plain_rows(store)
-    command = [sys.executable, "-m", "tests.opgrpo_data.crashing_compactor"]
+    command = [sys.executable, "-m", "tests.opgrpo_data.upkeep.crashing_compactor"]
     kills = 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None

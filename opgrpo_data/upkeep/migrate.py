@@ -14,7 +14,7 @@ from opgrpo_data.errors import StoreError
 from opgrpo_data.schema import SCHEMA_VERSION
 from opgrpo_data.seal import check_seal, read_json, sealed_json
 from opgrpo_data.store import MARKER, TABLES, Store, now
-from opgrpo_data.verify import verify
+from opgrpo_data.upkeep.verify import verify
 
 CHANGES: Mapping[str, tuple[str, ...]] = {
     "1.1": (

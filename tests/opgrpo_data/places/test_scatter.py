@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opgrpo_data import scatter
-from opgrpo_data.files import Range
-from opgrpo_data.local import LocalFiles
+from opgrpo_data.places import scatter
+from opgrpo_data.places.files import Range
+from opgrpo_data.places.local import LocalFiles
 
 SIZES = {"a": 0, "b": 1, "c": 5_000, "d": 200_000}
 """Files, and their bytes; a file named e does not exist."""

@@ -1,4 +1,4 @@
-"""What a store asks of the place it lies in; `opgrpo_data.local` and `opgrpo_data.remote` are the two that answer."""
+"""What a store asks of the place it lies in; `local` and `remote` beside it are the two that answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 TEMPORARY_PREFIX = ".tmp-"
 """How the names of unfinished files begin: no published file's name does."""
@@ -21,8 +21,7 @@ class Entry:
     modified: datetime
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """`length` bytes of a file from `offset` on."""
 
     file: str

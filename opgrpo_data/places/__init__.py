@@ -1,0 +1,1 @@
+"""Where files lie: local disks and object stores, behind one protocol (opgrpo_data.io.Directory)."""

@@ -129,9 +129,9 @@ class Store:
             }
             for prompt in prompts
         ]
-        name = f"{checked_name(split, 'split')}-{ids.derived_seed(*(row['prompt_id'] for row in rows)):016x}"
-        self.publish_table(f"prompts/{name}.parquet", schema.table_of(rows, schema.PROMPTS))
-        return f"prompts/{name}.parquet"
+        path = prompts_path(rows, split)
+        self.publish_table(path, schema.table_of(rows, schema.PROMPTS))
+        return path
 
     # -- documents --------------------------------------------------------------------------------------------------
 
@@ -142,12 +142,12 @@ class Store:
 
     def add_policy(self, policy_id: str, document: Mapping[str, Any], weights: bytes | None) -> bool:
         """Register a policy; its weights (safetensors), when kept, go first and policy.json, the commit, last."""
-        folder = f"policies/{checked_name(policy_id, 'policy_id')}"
-        if weights is not None and not self.directory.exists(f"{folder}/weights.safetensors"):
-            with self.directory.write_atomic(f"{folder}/weights.safetensors") as file:
+        path = weights_path(policy_id)
+        if weights is not None and not self.directory.exists(path):
+            with self.directory.write_atomic(path) as file:
                 file.write(weights)
         body = {"policy_id": policy_id, **document, "created_at": now().isoformat()}
-        return self.directory.publish(f"{folder}/policy.json", sealed_json(body, indent=1))
+        return self.directory.publish(f"policies/{policy_id}/policy.json", sealed_json(body, indent=1))
 
     def documents(self, pattern: str) -> Iterator[dict[str, Any]]:
         """The JSON documents whose paths match a glob, in the order of their names."""
@@ -221,6 +221,16 @@ def require_current(store: Store, what: str) -> None:
             f"{store.directory.url} has format version {version}, and {what} needs {schema.SCHEMA_VERSION}: "
             f"run `opgrpo migrate --store {store.directory.url}` first"
         )
+
+
+def weights_path(policy_id: str) -> str:
+    """Where the weights of a policy lie, if they are kept."""
+    return f"policies/{checked_name(policy_id, 'policy_id')}/weights.safetensors"
+
+
+def prompts_path(rows: Sequence[Mapping[str, Any]], split: str) -> str:
+    """Where the prompts of a split lie: named by their ids, in their order."""
+    return f"prompts/{checked_name(split, 'split')}-{ids.derived_seed(*(row['prompt_id'] for row in rows)):016x}.parquet"
 
 
 def index_of(tar: str) -> str:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from opgrpo_data.errors import StoreError
 from opgrpo_data.ids import canonical_json
 from opgrpo_data.io import Directory
-from opgrpo_data.store import Store, iteration_folder
+from opgrpo_data.store import Store, iteration_folder, weights_path
 from pipelines.config import RunConfig
 from pipelines.fitting import Asked
 from pipelines.groups import prompts_of
@@ -233,7 +233,7 @@ class Experiment:
         if iteration > 0:  # at 0 it is the base policy, whose weights lie with its model
             from pipelines.weights import to_bytes
 
-            kept = to_bytes(learner.average)
+            kept = to_bytes(learner.average, weights_path(policy_id))
             self.register_policy(policy_id, learner.policy_id, iteration=iteration, kind="average", weights=kept)
         return policy_id
 

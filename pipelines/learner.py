@@ -130,8 +130,9 @@ class Learner:
             for moment, value in self.optimizer.state[parameter].items():
                 # The 8-bit optimizer's parameters share their maps of codes, and safetensors wants every tensor to itself.
                 state[f"{moment}/{name}"] = value.clone() if moment.startswith("qmap") else torch.as_tensor(value)
-        with store.directory.write_atomic(_state_path(run_id, iteration, self.policy_id)) as file:
-            file.write(weights.to_bytes(state))
+        path = _state_path(run_id, iteration, self.policy_id)
+        with store.directory.write_atomic(path) as file:
+            file.write(weights.to_bytes(state, path))
 
     def load(self, store: Store, run_id: str, iteration: int, policy_id: str) -> None:
         """Become the learner at the start of `iteration`. Raises StoreError when that state is not kept any more."""

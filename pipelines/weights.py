@@ -48,23 +48,27 @@ def _digest(weights: Weights) -> bytes:
     return digest.digest()
 
 
-def to_bytes(weights: Weights) -> bytes:
-    """Serialise as safetensors, with a digest of the content in its metadata: the format itself has no checksum."""
+def to_bytes(weights: Weights, path: str) -> bytes:
+    """Serialise as safetensors. Its metadata hold a digest of the content, as the format itself has no checksum, and the path
+    in the store that the file is for."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    return bytes(safetensors.torch.save(tensors, metadata={"digest": _digest(tensors).hex()}))
+    return bytes(safetensors.torch.save(tensors, metadata={"digest": _digest(tensors).hex(), "path": path}))
 
 
-def from_bytes(data: bytes, where: str) -> dict[str, Tensor]:
-    """The inverse of `to_bytes`. Raises ValueError that names `where` when the bytes are damaged."""
+def from_bytes(data: bytes, path: str) -> dict[str, Tensor]:
+    """The inverse of `to_bytes`. Raises ValueError when the bytes are damaged, or are those of another file."""
     try:
         loaded: dict[str, Tensor] = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{where} is damaged: {error}. Restore it from a copy") from error
+        raise ValueError(f"{path} is damaged: {error}. Restore it from a copy") from error
     # The header was valid, so it is: 8 bytes of length, then that much JSON.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    expected, found = header.get("__metadata__", {}).get("digest"), _digest(loaded).hex()
+    metadata = header.get("__metadata__", {})
+    expected, found = metadata.get("digest"), _digest(loaded).hex()
     if expected != found:
-        raise ValueError(f"{where} is damaged: expected digest {expected}, found {found}. Restore it from a copy")
+        raise ValueError(f"{path} is damaged: expected digest {expected}, found {found}. Restore it from a copy")
+    if (meant := metadata.get("path", path)) != path:  # files of format 1.1 do not tell
+        raise ValueError(f"{path} is another file, that of {meant}. Restore it from a copy")
     return loaded
 
 

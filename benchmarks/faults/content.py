@@ -18,6 +18,7 @@ from opgrpo_data.reading import read_many, read_media
 from opgrpo_data.shards import Record, write_shard
 from opgrpo_data.store import TABLES, Store, iteration_folder
 from opgrpo_data.upkeep.garbage import collect
+from opgrpo_data.upkeep.verify import verify
 
 RUN = "faults"
 STEPS = 4
@@ -102,6 +103,13 @@ def wrong_bytes(store: Store, indexes: Sequence[str], *, shape: Sequence[int] = 
                     yield f"media of {row['trajectory_id']} are not those written"
             except CorruptionError as error:
                 yield str(error)
+
+
+def damages(store: Store) -> list[str]:
+    """What a deep verify finds damaged. That tables disagree is the nature of what is written here: they name what is not
+    there, and say more than any run would."""
+    findings = verify(store, deep=True).findings
+    return [f"{finding.path}: {finding.problem}" for finding in findings if finding.kind == "damage"]
 
 
 def table(kind: str, iteration: int, trajectories: Sequence[str] = (), located: pa.Table | None = None) -> pa.Table:

@@ -20,6 +20,7 @@ from benchmarks.faults.content import (
     add_documents,
     add_iteration,
     add_shard,
+    damages,
     shard_index,
     table,
     trajectory_id,
@@ -32,7 +33,6 @@ from opgrpo_data.places.files import TEMPORARY_PREFIX
 from opgrpo_data.store import Store, iteration_folder
 from opgrpo_data.upkeep import garbage
 from opgrpo_data.upkeep.garbage import collect
-from opgrpo_data.upkeep.verify import verify
 
 WRITERS = 8
 LONGEST_WAIT = 300
@@ -45,7 +45,7 @@ def publications(store: Store, number: int, writer: int) -> Iterator[tuple[str, 
     path = f"{iteration_folder('rewards/reward=taste', RUN, 0)}/{number:05d}.v1.000.parquet"
     yield path, partial(store.publish_table, path, table("rewards", 0, [*names, str(writer)]))
     path = f"{iteration_folder('updates', RUN, number)}.parquet"
-    yield path, partial(store.publish_table, path, table("updates", writer, names))
+    yield path, partial(store.publish_table, path, table("updates", number, [*names, str(writer)]))
     run = {"config": {"name": RUN, "seed": writer}, "command": [], "software": {}}
     yield f"runs/{RUN}-{number}.json", partial(store.add_run, f"{RUN}-{number}", run)
 
@@ -66,7 +66,7 @@ def race(work: Path, url: str, rounds: int, seed: int, environment: dict[str, st
     tally = Tally(
         seed,
         f"{WRITERS} processes write the same shards, tables and documents: one of them is told that it created each, what is "
-        "there is that one's, whole; a deep verify finds nothing; the collector leaves the winners' tars alone",
+        "there is that one's, whole; a deep verify finds no damage; the collector leaves the winners' tars alone",
     )
     Store.create(url)
     barrier, logs = FORKS.Barrier(WRITERS), [work / f"wins-{writer}" for writer in range(WRITERS)]
@@ -88,7 +88,7 @@ def race(work: Path, url: str, rounds: int, seed: int, environment: dict[str, st
     collect(store, delete=True, grace=timedelta(0))
     tars = Counter(entry.path.rpartition(".")[2] for entry in store.directory.entries())["tar"]
     left = [] if tars == 2 * rounds else [f"{tars} tars are left of {rounds} shards"]
-    found = [f"{finding.path}: {finding.problem}" for finding in verify(store, deep=True).findings]
+    found = damages(store)
     tally.count("the store as a whole", [*left, *found, *wrong_bytes(store, store.files("trajectories"))])
     return tally
 
@@ -100,10 +100,8 @@ def of_one(store: Store, path: str, winners: list[int]) -> Iterator[str]:
         return
     if path.startswith("trajectories/"):
         found = set(store.read_tables("trajectories", [path])["seed"].to_pylist())
-    elif path.startswith("rewards/"):
-        found = {int(store.read_tables("rewards", [path])["trajectory_id"][-1].as_py())}
-    elif path.startswith("updates/"):
-        found = set(store.read_tables("updates", [path])["iteration"].to_pylist())
+    elif path.startswith(("rewards/", "updates/")):
+        found = {int(store.read_tables(path.partition("/")[0], [path])["trajectory_id"][-1].as_py())}
     else:
         found = {document["config"]["seed"] for document in store.documents(path)}
     if found != set(winners):
@@ -138,7 +136,7 @@ def clock_skew(work: Path, count: int, seed: int) -> Tally:
     tally = Tally(
         seed,
         "iterations written and collected on machines whose clocks are up to 55 years apart: no file under way goes, leftovers "
-        "that are old by the disk's clock go, nothing needed goes, a deep verify finds nothing",
+        "that are old by the disk's clock go, nothing needed goes, a deep verify finds no damage",
     )
     rng = chances(seed)
     for number in range(count):
@@ -172,4 +170,4 @@ def _collected(store: Store, skew: timedelta) -> Iterator[str]:
     if (dropped := store.dropped_shards()) != {shard_index(1, 0)}:
         yield f"dropped were {sorted(dropped)}"
     yield from wrong_bytes(store, [index for index in store.files("trajectories") if index not in dropped])
-    yield from (f"{finding.path}: {finding.problem}" for finding in verify(store, deep=True).findings)
+    yield from damages(store)

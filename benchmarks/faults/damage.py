@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.faults.content import STEPS, add_everything
+from benchmarks.faults.content import STEPS, add_everything, damages
 from benchmarks.faults.tally import Tally, chances
 from opgrpo_data import tensors
 from opgrpo_data.catalog import Catalog
@@ -100,8 +100,8 @@ class Patient:
         self.store = add_everything(str(folder))
         self.readers = readers(self.store)
         self.sound = {path: [read() for read in reads] for path, reads in self.readers.items()}
-        if findings := verify(self.store, deep=True).findings:
-            raise AssertionError(f"damaged before it was damaged: {findings[0]}")
+        if found := damages(self.store):
+            raise AssertionError(f"damaged before it was damaged: {found[0]}")
 
     def problems(self, path: str, damaged: bytes) -> list[str]:
         """Put damaged bytes into a file, look, put the right ones back."""

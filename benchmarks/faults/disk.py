@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.faults import cleaners
-from benchmarks.faults.content import SHAPE, add_shard, trajectory_id, weights, wrong_bytes
+from benchmarks.faults.content import RUN, SHAPE, add_shard, damages, trajectory_id, weights, wrong_bytes
 from benchmarks.faults.tally import Tally, chances
 from opgrpo_data.errors import CorruptionError
 from opgrpo_data.exchange.export import FORMS, export_dataset
@@ -25,7 +25,6 @@ from opgrpo_data.places.files import TEMPORARY_PREFIX
 from opgrpo_data.store import Store
 from opgrpo_data.upkeep.compaction import compact
 from opgrpo_data.upkeep.garbage import collect
-from opgrpo_data.upkeep.verify import verify
 
 MOUNT = "mount"
 DISK_MIB = 8
@@ -80,7 +79,10 @@ def _writers(store: Store, disk: Path, number: int) -> dict[str, tuple[Callable[
     writers: dict[str, tuple[Callable[[], object], int]] = {
         "shard": (partial(add_shard, store, 9, number, shape=LARGE), 2_000_000),
         "small shard": (partial(add_shard, store, 8, number), 60_000),
-        "table": (partial(store.publish_table, f"rewards/reward=x/run=r/iter=000000/{number}.parquet", table), PAGE),
+        "table": (
+            partial(store.publish_table, f"rewards/reward=taste/run={RUN}/iter=000000/{number}.v1.000.parquet", table),
+            PAGE,
+        ),
         "run": (partial(store.add_run, f"run-{number}", run), 50_000),
         "policy": (partial(store.add_policy, f"policy-{number}", document, weights(number)), 2 * PAGE),
         "quarantine": (partial(store.quarantine, names[0], CorruptionError("a", "b", 1, 2)), PAGE),
@@ -150,7 +152,7 @@ def _tried(store: Store, disk: Path, write: Callable[[], object], left: int, mou
 
 def _unharmed(store: Store, disk: Path) -> Iterator[str]:
     yield from (f"{path} is left over" for path in disk.rglob(f"{TEMPORARY_PREFIX}*"))
-    yield from (f"{finding.path}: {finding.problem}" for finding in verify(store, deep=True).findings)
+    yield from damages(store)
     for iteration, shape in ((0, (1, 2, 2)), (8, SHAPE), (9, LARGE)):
         yield from wrong_bytes(store, store.files("trajectories", iteration=iteration), shape=shape)
 

@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from benchmarks.faults.content import damages
 from benchmarks.faults.tally import Tally, chances
 from opgrpo_data.store import Store
-from opgrpo_data.upkeep.verify import verify
 
 FORKS = multiprocessing.get_context("forkserver")
 LOG = "acknowledged"
@@ -78,7 +78,7 @@ def kill(victim: Victim, work: Path, count: int, seed: int, *, place: Place = he
     tally = Tally(
         seed,
         "after a kill -9 at a random instant every acknowledged commit is there with all its bytes, a deep verify finds "
-        "nothing, and the same work again finishes",
+        "no damage, and the same work again finishes",
     )
     span = _Span(min(_seconds(sound or victim, work / f"warm-up-{n}", place) for n in range(WARM_UPS)))
     numbers = iter(range(20 * count))
@@ -122,7 +122,7 @@ def inspected(victim: Victim, url: str, acknowledged: Sequence[str]) -> list[str
     try:
         store = Store.open(url)
         lost = [f"{path} was acknowledged and is gone" for path in acknowledged if not store.directory.exists(path)]
-        found = [f"{finding.path}: {finding.problem}" for finding in verify(store, deep=True).findings]
+        found = damages(store)
         return [*lost, *found, *victim.check(store)]
     except (ValueError, OSError) as error:
         return [f"the store cannot be read: {error}"]

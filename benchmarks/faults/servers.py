@@ -16,7 +16,7 @@ from unittest import mock
 import s3fs
 
 from benchmarks.faults import victims
-from benchmarks.faults.content import add_everything, add_shard, wrong_bytes
+from benchmarks.faults.content import add_everything, add_shard, damages, wrong_bytes
 from benchmarks.faults.crowds import race
 from benchmarks.faults.damage import readers
 from benchmarks.faults.kills import Log, kill
@@ -28,7 +28,6 @@ from opgrpo_data.places.retries import Patience, Server
 from opgrpo_data.places.s3 import S3Objects
 from opgrpo_data.store import Store
 from opgrpo_data.upkeep.garbage import collect
-from opgrpo_data.upkeep.verify import verify
 
 BUCKET = "faults"
 IMPATIENT = Patience(tries=10, first_wait=0.005, longest_wait=0.02, seconds=0.25, slowest_bytes=4 * 2**20)
@@ -79,7 +78,7 @@ def _through(work: Path, count: int, seed: int, ways: tuple[Fault, ...], share: 
     tally = Tally(
         seed,
         f"{share:.0%} of all requests fail ({', '.join(ways)}) while a store with a file of every kind is written, read and "
-        "collected: no error; and seen without the proxy, every byte is there, and a deep verify finds nothing",
+        "collected: no error; and seen without the proxy, every byte is there, and a deep verify finds no damage",
     )
     failing = Failing(ways, share, chances(seed))
     with s3_server(work) as server:
@@ -121,7 +120,7 @@ def _worked(url: str) -> Iterator[str]:
 def _found(store: Store) -> list[str]:
     """What is wrong with a store of `_worked`."""
     dropped = store.dropped_shards()
-    found = [f"{finding.path}: {finding.problem}" for finding in verify(store, deep=True).findings]
+    found = damages(store)
     for iteration, shape in ((0, None), (1, None), (2, None), (ITERATION, LARGE)):
         indexes = store.files("trajectories", iteration=iteration)
         found += [] if indexes else [f"iteration {iteration} has no shard"]

@@ -27,6 +27,7 @@ from opgrpo_data.exchange.importing import import_dataset
 from opgrpo_data.schema import SCHEMA_VERSION
 from opgrpo_data.store import TABLES, Store, iteration_folder
 from opgrpo_data.upkeep.migrate import migrate
+from opgrpo_data.upkeep.verify import verify
 
 SHARDS = 6
 ROUNDS = 3
@@ -170,10 +171,12 @@ def check_imported(store: Store) -> list[str]:
 
 
 def all_imported(store: Store) -> list[str]:
-    """Tables that are missing at the end."""
+    """Tables that are missing at the end, and what disagrees only here."""
     source = Store.open(str(imported_template()))
     wanted = [path for kind in TABLES for path in source.files(kind)]
-    return [f"{path} was not imported" for path in wanted if not store.directory.exists(path)]
+    lacking = [f"{path} was not imported" for path in wanted if not store.directory.exists(path)]
+    told, theirs = ({(it.path, it.problem) for it in verify(each, deep=False).findings} for each in (store, source))
+    return lacking + [f"{path}: {problem}, which is not so in the source" for path, problem in told - theirs]
 
 
 IMPORTER = Victim("importer", create, import_all, check_imported, all_imported)

@@ -49,7 +49,7 @@ def migrate(url: str, *, dry_run: bool = False) -> dict[str, Any]:
         return told | {"changes": []}
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise StoreError(f"{url} has format version {version}: only stores of version {SCHEMA_VERSION[0]} can be migrated")
-    if findings := verify(store, deep=False).findings:
+    if findings := [finding for finding in verify(store, deep=False).findings if finding.kind == "damage"]:
         first = findings[0]
         raise StoreError(
             f"{len(findings)} things are wrong in {url}, the first: {first.path}: {first.problem}; {first.remedy}. "

@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
 from opgrpo_data import ids
@@ -23,6 +24,8 @@ from opgrpo_data.upkeep import tars
 from opgrpo_data.upkeep.tars import BLOCK, Expected
 
 Row = Mapping[str, Any]
+PER_STEP = ("noise_seeds", "behaviour_logprob", "old_logprob", "transition_std")
+DENSITIES = ("behaviour_logprob", "old_logprob", "transition_std", "path_variance", "sigmas")
 MEDIA_COLUMNS = ("media_file", "media_format", "media_offset", "media_length", "media_crc32")
 COLUMNS = ["trajectory_id", "prompt_id", "num_steps", *LOCATION.names, *MEDIA_COLUMNS]
 DRAWN_NOTE = {"trajectory_id", "prompt", "metadata"}
@@ -54,7 +57,8 @@ class Shard:
     def rows(self) -> list[tuple[Row, str | None]]:
         """What is looked at of each row, and what is wrong with it."""
         rows = self.table.select(COLUMNS).to_pylist()
-        return [(row, _row_problem(self.index, row)) for row in rows]
+        problems = _senseless(self.table)
+        return [(row, _row_problem(self.index, row) or problem) for row, problem in zip(rows, problems, strict=True)]
 
     def check_rows(self) -> Iterator[Damage]:
         """Rows that contradict themselves, or their shard."""
@@ -118,6 +122,21 @@ def _row_problem(index: str, row: Row) -> str | None:
     if odd := [file for file in (location.file, row["media_file"]) if index_of(file) != index]:
         return f"the row's bytes would lie in {odd[0][:200]}, a file of another shard"
     return None
+
+
+def _senseless(table: pa.Table) -> list[str | None]:
+    """Per row what no sampler makes: lists of other lengths than its steps, densities and schedules that are no numbers."""
+    steps, frame = pl.col("num_steps"), cast(pl.DataFrame, pl.from_arrow(table))
+    rules = {f"{name} for each of its steps": pl.col(name).list.len() == steps for name in PER_STEP} | {
+        "a sigma before and after each of its steps": pl.col("sigmas").list.len() == steps + 1,
+        "sigmas that go down to 0": (pl.col("sigmas").list.diff().list.max() < 0) & (pl.col("sigmas").list.last() == 0),
+        "a path_variance for each step of its prefix": pl.col("path_variance").list.len() == pl.col("prefix_steps"),
+        "a prefix that is a part of it": pl.col("prefix_steps").is_between(0, steps),
+    }
+    rules |= {f"{name} that are numbers": pl.col(name).list.eval(pl.element().is_finite()).list.all() for name in DENSITIES}
+    told = [pl.when(~rule).then(pl.lit(f"it does not have {what}")) for what, rule in rules.items()]  # null: not told
+    problems: list[str | None] = frame.select(problem=pl.coalesce(told))["problem"].to_list()
+    return problems
 
 
 def _end(row: Row, kind: str) -> int:

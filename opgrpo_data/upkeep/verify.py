@@ -1,41 +1,49 @@
 """Is everything in a store as it was written? Fast: indexes, documents, sizes, references. Deep: every byte.
 
-Tables and documents are read whole and held against their seals (opgrpo_data.seal) either way.
+Either way tables and documents are read whole, held against their seals (opgrpo_data.seal), and against each other
+(opgrpo_data.upkeep.agreement).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from opgrpo_data import generations, seal, tensors
 from opgrpo_data.checksum import crc32
 from opgrpo_data.documents import DOCUMENT_KEYS, document_problem
 from opgrpo_data.errors import StoreError
-from opgrpo_data.store import MARKER, TABLES, Store
+from opgrpo_data.store import MARKER, TABLES, Store, weights_path
+from opgrpo_data.upkeep.agreement import Agreement, place_problem
 from opgrpo_data.upkeep.shard_checks import Damage, Shard
 
 SEALED_SINCE = (1, 2)
+DOCUMENTS = {kind: f"{kind}/*/policy.json" if kind == "policies" else f"{kind}/*.json" for kind in DOCUMENT_KEYS}
 UNSEALED_FILES = "migrations/*.json"
 """What `opgrpo migrate` wrote down: the crc32 of each table and document that older software had left without a seal."""
 RESTORE = "restore it from a copy"
+NO_FILE = "remove it, and restore what should be there from a copy"
 NO_COPY = "restore it from a copy, or run `opgrpo verify --deep --quarantine`: training then does without what is damaged"
 
+Kind = Literal["damage", "disagreement"]
 Bar = Callable[[Sequence[str], str], Iterable[str]]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it was written. member: of a tar, or a row of a table. remedy: what to do."""
+    """Something that is not as it was written. member: of a tar, or a row of a table. remedy: what to do.
+
+    kind: a file is damaged, or files do not agree with each other, each of which may be whole.
+    """
 
     path: str
     member: str | None
     problem: str
     remedy: str
+    kind: Kind
 
 
 @dataclass
@@ -72,12 +80,16 @@ class _Verification:
         self.quarantine = quarantine
         self.bar = bar
         self.report = Report(deep)
-        self.sizes = {entry.path: entry.size for entry in store.directory.entries()}
+        settled = store.directory.entries()
+        self.files = {kind: store.files(kind) for kind in TABLES}
+        self.documents = {kind: store.directory.list(pattern) for kind, pattern in DOCUMENTS.items()}
+        self.sizes = {entry.path: entry.size for entry in (*settled, *store.directory.entries())}
         self.known = store.quarantined()
         self.forgiven: set[str] = set()
         self.must_be_sealed = tuple(map(int, store.version.split("."))) >= SEALED_SINCE
         self.unsealed: dict[str, str] = {}
-        self.ids: list[pa.ChunkedArray] = []
+        listed = (path for paths in self.files.values() for path in paths)  # also what is no file
+        self.agreement = Agreement({*self.sizes, *listed}, (entry.path for entry in settled))
         self.rows: dict[str, int] = {}
 
     def run(self) -> Report:
@@ -85,14 +97,18 @@ class _Verification:
             if (document := self._document(path)) is not None and path != MARKER:
                 if not isinstance(unsealed := document.get("unsealed"), dict):
                     self._find(path, "it lists no files")
-                else:
-                    self.unsealed |= unsealed
-        for kind in DOCUMENT_KEYS:
-            for path in self.store.directory.list(f"{kind}/*/policy.json" if kind == "policies" else f"{kind}/*.json"):
+                    continue
+                self.unsealed |= unsealed
+                for gone in sorted(unsealed.keys() - self.sizes.keys()):
+                    if not gone.startswith("quarantine/"):  # people take trajectories out of it again
+                        self._find(gone, f"it is gone: {path} lists it")
+        for kind, paths in self.documents.items():
+            for path in paths:
                 self._described(kind, path)
         self._shards()
-        self._unique()
         self._tables()
+        for found in self.agreement.disagreements():
+            self._find(found.path, found.problem, found.remedy, kind="disagreement")
         self._generations()
         held = (path for path in self.sizes if path.endswith(".safetensors"))
         for path in self.bar(list(held), "tensors"):
@@ -100,20 +116,26 @@ class _Verification:
         self.report.quarantined = len(self.forgiven)
         return self.report
 
-    def _find(self, path: str, problem: str, remedy: str = RESTORE, member: str | None = None) -> None:
-        self.report.findings.append(Finding(path, member, problem, remedy))
+    def _find(self, path: str, problem: str, remedy: str = RESTORE, member: str | None = None, kind: Kind = "damage") -> None:
+        self.report.findings.append(Finding(path, member, problem, remedy, kind))
 
     # -- files ------------------------------------------------------------------------------------------------------
 
-    def _read(self, path: str) -> bytes:
-        data = self.store.directory.read(path)
+    def _read(self, path: str) -> bytes | None:
+        """A file; None, and a finding, where it is none: a folder, a pipe, a link that leads nowhere, a file without rights."""
         self.report.files += 1
+        try:
+            data = self.store.directory.read(path)
+        except (FileNotFoundError, IsADirectoryError, PermissionError, StoreError) as error:
+            self._find(path, f"it cannot be read: {error.strerror if isinstance(error, OSError) else error}", NO_FILE)
+            return None
         self.report.bytes += len(data)
         return data
 
     def _document(self, path: str) -> dict[str, Any] | None:
         """A JSON document; None, and a finding, when it is damaged."""
-        data = self._read(path)
+        if (data := self._read(path)) is None:
+            return None
         try:
             document = seal.read_json(data)
         except ValueError as error:
@@ -142,13 +164,16 @@ class _Verification:
         if problem := document_problem(path, document):
             self._find(path, f"it {problem}")
             return
+        if kind == "runs":
+            self.agreement.add_run(document)
         for needed in _needed(kind, document):
             if needed not in self.sizes:
                 self._find(path, f"it speaks of {needed}, which is not there")
 
     def _table(self, kind: str, path: str) -> tuple[pa.Table, bool] | None:
         """A table, and whether it is sealed; None, and a finding, when it is damaged."""
-        data = self._read(path)
+        if (data := self._read(path)) is None:
+            return None
         try:
             table = self.store.parse(kind, path, data)
         except StoreError as error:
@@ -157,6 +182,9 @@ class _Verification:
             return None
         self._covered(path, data)
         self.rows[path] = table.num_rows
+        if misplaced := place_problem(path, table):
+            self._find(path, f"it {misplaced}")
+        self.agreement.add_table(kind, path, table)
         return table, seal.check_seal(data)
 
     def _tensors(self, path: str) -> None:
@@ -165,6 +193,8 @@ class _Verification:
             header = tensors.read_header(self.store.directory, path)
             if header.size != self.sizes.get(path, header.size):
                 raise ValueError(f"it has {self.sizes[path]} bytes, its header tells {header.size}")
+            if (meant := header.metadata.get("path", path)) != path:
+                raise ValueError(f"it is another file, that of {meant[:200]}")
             if self.report.deep:
                 tensors.check_bytes(self.store.directory, path, header)
                 self.report.bytes += header.size
@@ -176,11 +206,10 @@ class _Verification:
 
     def _shards(self) -> None:
         dropped = self.store.dropped_shards()
-        for path in self.bar(self.store.files("trajectories"), "shards"):
+        for path in self.bar(self.files["trajectories"], "shards"):
             if (read := self._table("trajectories", path)) is None:
                 continue
             table, is_sealed = read
-            self.ids.append(table["trajectory_id"])
             self.report.trajectories += table.num_rows
             shard = Shard(self.store.directory, path, table, self.sizes, is_sealed)
             self._damages(shard.check_rows())
@@ -201,23 +230,16 @@ class _Verification:
             for trajectory_id, error in damage.errors.items() if self.quarantine else ():
                 self.store.quarantine(trajectory_id, error)
 
-    def _unique(self) -> None:
-        if not self.ids:
-            return
-        counts = pa.chunked_array([chunk for ids in self.ids for chunk in ids.chunks], pa.string()).value_counts()
-        for name in counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist():
-            self._find("trajectories", "more than one index has this trajectory", "remove the index that came later", str(name))
-
     # -- other tables -----------------------------------------------------------------------------------------------
 
     def _tables(self) -> None:
-        known = pa.chunked_array([chunk for ids in self.ids for chunk in ids.chunks], pa.string())
         for kind in TABLES:
             if kind == "trajectories":
                 continue
-            for path in self.bar(self.store.files(kind), kind):
-                if (read := self._table(kind, path)) is not None:
-                    self._references(kind, path, read[0], known)
+            for path in self.bar(self.files[kind], kind):
+                if (read := self._table(kind, path)) is not None and kind == "dropped":
+                    for index in set(read[0]["index_file"].to_pylist()) - self.sizes.keys():
+                        self._find(path, f"it speaks of {index}, which is not there")
 
     def _generations(self) -> None:
         """Merged copies of indexes: whole, and in agreement with the index files that they hold."""
@@ -226,6 +248,8 @@ class _Verification:
         damaged = {finding.path for finding in self.report.findings}
         gone: dict[str, str] = {}
         for path in (path for kind in generations.COMPACTED for path in generations.documents(self.store, kind)):
+            if path not in self.sizes:
+                continue  # made since
             self.report.files += 1  # its Parquet file
             if self._document(path) is None or path in damaged:
                 continue
@@ -237,23 +261,11 @@ class _Verification:
         for file, path in gone.items():
             self._find(file, f"it is gone; {path} holds a copy of its rows")
 
-    def _references(self, kind: str, path: str, table: pa.Table, known: pa.ChunkedArray) -> None:
-        """What buffers, plans and dropped shards speak of must be there."""
-        if kind in ("buffers", "plans"):
-            strangers = table["trajectory_id"].filter(pc.invert(pc.is_in(table["trajectory_id"], known))).unique().to_pylist()
-            if strangers:
-                problem = f"it names {len(strangers)} trajectories that no index has, for example {strangers[0]}"
-                self._find(path, problem, "restore the indexes they were in")
-        elif kind == "dropped":
-            for index in table["index_file"].to_pylist():
-                if index not in self.sizes:
-                    self._find(path, f"it speaks of {index}, which is not there")
-
 
 def _needed(kind: str, document: Mapping[str, Any]) -> list[str]:
     """Files that a document needs beside it."""
     if kind == "policies":
-        return [f"policies/{document['policy_id']}/weights.safetensors"] if document.get("kind") == "average" else []
+        return [weights_path(str(document["policy_id"]))] if document.get("kind") == "average" else []
     if kind == "runs":
         prompts, base = document.get("prompts"), document.get("base_policy_id")
         files = [str(path) for path in prompts.values()] if isinstance(prompts, dict) else []

@@ -89,7 +89,8 @@ def test_the_average_is_evaluated_and_kept_and_training_goes_on_from_the_policy(
     trained, average = experiment.learner(1).policy_id, experiment.learner(1).average_id
     assert evaluate(experiment, 1).detail["policy_id"] == average != trained
     assert experiment.learner(1).policy_id == trained
-    kept = weights.from_bytes(experiment.store.directory.read(f"policies/{average}/weights.safetensors"), "kept")
+    path = f"policies/{average}/weights.safetensors"
+    kept = weights.from_bytes(experiment.store.directory.read(path), path)
     assert weights.policy_id(kept) == average
     document = next(d for d in experiment.store.documents("policies/*/policy.json") if d["policy_id"] == average)
     assert (document["kind"], document["parent_id"]) == ("average", trained)

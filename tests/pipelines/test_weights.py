@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -48,16 +51,34 @@ def test_policy_id_is_not_of_order_layout_or_gradients() -> None:
 
 def test_round_trip() -> None:
     base = _weights()
-    back = weights.from_bytes(weights.to_bytes(base), "here")
+    back = weights.from_bytes(weights.to_bytes(base, "here"), "here")
     assert weights.policy_id(back) == weights.policy_id(base)
     strided = {"x": torch.arange(12.0).reshape(3, 4).t()}
-    assert torch.equal(weights.from_bytes(weights.to_bytes(strided), "here")["x"], strided["x"])
+    assert torch.equal(weights.from_bytes(weights.to_bytes(strided, "here"), "here")["x"], strided["x"])
 
 
 @pytest.mark.parametrize("keep", [0, 4, 20, -1])
 def test_damaged_bytes_are_named(keep: int) -> None:
     with pytest.raises(ValueError, match="the file is damaged: "):
-        weights.from_bytes(weights.to_bytes(_weights())[:keep], "the file")
+        weights.from_bytes(weights.to_bytes(_weights(), "the file")[:keep], "the file")
+
+
+def test_the_bytes_of_another_file_are_refused() -> None:
+    data = weights.to_bytes(_weights(), "states/a")
+    with pytest.raises(ValueError, match=r"^states/b is another file, that of states/a\. Restore it from a copy$"):
+        weights.from_bytes(data, "states/b")
+
+
+def test_older_bytes_do_not_say_whose_they_are() -> None:
+    base = _weights()
+    digest = weights.to_bytes(base, "")
+    plain = safetensors.torch.save(base, metadata={"digest": _metadata(digest)["digest"]})
+    assert weights.policy_id(weights.from_bytes(plain, "anywhere")) == weights.policy_id(base)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    header: dict[str, dict[str, str]] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header["__metadata__"]
 
 
 class _Model(nn.Module):

@@ -387,6 +387,59 @@ def test_damage_in_the_middle_of_a_page_is_found_while_reading(tmp_path: Path, m
         assert rows(store) == plain_rows(store)
 
 
+def damage_a_page(store: Store) -> None:
+    """Flip a bit of a page of the generation in force: its footer stays as it was."""
+    damage(store, current(store).parquet, lambda data: flipped(data, 100))
+
+
+@pytest.mark.parametrize("new", [0, MANY])
+def test_a_generation_with_a_damaged_page_is_made_again_out_of_the_index_files(new: int, tmp_path: Path) -> None:
+    store = filled(str(tmp_path / "store"))
+    compact(store)
+    assert compact(store)["compacted"] == []
+    damage_a_page(store)
+    commit(store, 6, 6 + new)
+    with pytest.warns(UserWarning, match=r"gen-000001\.json is passed over \(.*expected crc32"):
+        told = compact(store, dry_run=True)["compacted"]
+    assert [(each["kind"], each["new"]) for each in told][0] == ("trajectories", new)
+    with pytest.warns(UserWarning, match=r"gen-000001\.json is passed over \(.*expected crc32"):
+        told = compact(store)["compacted"]
+    assert (told[0]["generation"], told[0]["files"], told[0]["committed"]) == (
+        "catalog/trajectories/gen-000002.json",
+        6 + new,
+        True,
+    )
+    assert rows(store) == plain_rows(store)
+    assert list(faults(store, deep=True)) == []  # nobody reads the damaged one any more
+    assert compact(store)["compacted"] == []
+
+
+def test_of_damaged_generations_only_those_that_could_be_read_are_told(tmp_path: Path) -> None:
+    store = filled(str(tmp_path / "store"))
+    for count in range(1, 4):
+        compact(store)
+        commit(store, MANY * count + 2, MANY * (count + 1) + 2)
+    first, second, third = (f"catalog/trajectories/gen-00000{n}.json" for n in (1, 2, 3))
+    for path in (first, second):
+        damage(store, path, lambda data: flipped(data, 40))
+    assert list(faults(store, deep=True)) == []
+    damage_a_page(store)
+    assert list(faults(store, deep=False)) == []
+    assert [path for path, _ in faults(store, deep=True)] == [third, second, first]
+    damage(store, third, lambda data: flipped(data, 40))
+    assert [path for path, _ in faults(store, deep=False)] == [third, second, first]
+
+
+def test_behind_a_generation_of_lost_files_an_older_one_could_be_read(tmp_path: Path) -> None:
+    store = filled(str(tmp_path / "store"))
+    compact(store)
+    commit(store, 6, 12)
+    compact(store)
+    damage(store, "catalog/trajectories/gen-000001.json", lambda data: flipped(data, 40))
+    store.directory.remove(store.files("trajectories")[11])
+    assert [path for path, _ in faults(store, deep=False)] == ["catalog/trajectories/gen-000001.json"]
+
+
 def test_a_generation_of_files_that_are_gone_is_not_in_force(tmp_path: Path) -> None:
     """A damaged reward file may be removed and scored again: its old rows must not come back."""
     store = filled(str(tmp_path / "store"))
@@ -441,3 +494,55 @@ def test_a_damaged_newest_generation_supersedes_nothing(tmp_path: Path) -> None:
     damage(store, "catalog/trajectories/gen-000001.json", lambda data: flipped(data, 40))
     with pytest.warns(UserWarning, match="passed over"):
         assert superseded_generations(store) == []
+
+
+def lose(store: Store, number: int) -> str:
+    """Remove an index file; returns its path."""
+    path = store.files("trajectories")[number]
+    store.directory.remove(path)
+    return path
+
+
+def superseded(store: Store) -> list[str]:
+    """What of the trajectories' generations nobody needs."""
+    return [path for path in superseded_generations(store) if "/trajectories/" in path]
+
+
+@pytest.mark.parametrize("unread", ["gone", "damaged"])
+def test_the_last_copy_of_rows_is_never_superseded(unread: str, tmp_path: Path) -> None:
+    store = filled(str(tmp_path / "store"))
+    compact(store)
+    if unread == "gone":
+        lost = lose(store, 2)
+        with pytest.warns(UserWarning, match="it holds 1 index files that are gone"):
+            compact(store)
+    else:
+        damage_a_page(store)
+        lost = store.files("trajectories")[2]
+        intact = store.directory.read(lost)
+        damage(store, lost, lambda data: data[:-1])
+        with pytest.warns(UserWarning, match="expected crc32"):
+            assert compact(store)["damaged"] == [lost]
+    assert current(store).number == 2
+    assert superseded(store) == []
+    if unread == "gone":  # its rows are still to be had
+        held = pq.read_table(store.directory.path(read_json(store.directory.read(FIRST))["parquet"]))
+        overwrite(store.directory, lost, to_parquet(conform(held.slice(6, 3), TRAJECTORIES)))
+    else:
+        overwrite(store.directory, lost, intact)
+    commit(store, 6, 6 + MANY)
+    compact(store)
+    assert current(store).files.keys() == set(store.files("trajectories"))
+    assert [path for path in superseded(store) if path.endswith(".json")] == [FIRST, FIRST.replace("1", "2")]
+    assert len(superseded(store)) == 4
+
+
+def test_a_generation_that_does_not_say_what_it_holds_stays(tmp_path: Path) -> None:
+    store = filled(str(tmp_path / "store"))
+    compact(store)
+    intact = store.directory.read(FIRST)
+    for change, _ in JSON_DAMAGE.values():
+        overwrite(store.directory, FIRST, change(intact))
+        with pytest.warns(UserWarning, match="passed over"):
+            compact(store) if current_number(store) == 0 else in_force(store, "trajectories")
+        assert superseded(store) == []

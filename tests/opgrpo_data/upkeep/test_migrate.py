@@ -207,8 +207,8 @@ def test_killed_before_the_marker_it_is_done_again(copy: Store, monkeypatch: pyt
         migrate(copy.directory.url)
     assert copy.version == version
     assert verify(copy, deep=True).findings == []
-    index = copy.files("rewards")[0]
-    overwrite(copy.directory, index.replace(".000.", ".001."), copy.directory.read(index))
+    path = copy.files("evals")[0]
+    overwrite(copy.directory, path.replace(".parquet", "-again.parquet"), copy.directory.read(path))
     monkeypatch.undo()
     migrate(copy.directory.url)
     assert copy.version == SCHEMA_VERSION

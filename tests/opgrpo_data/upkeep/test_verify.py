@@ -96,7 +96,7 @@ def test_an_empty_store_and_one_with_unusual_shards(tmp_path: Path) -> None:
     scalars = record("t9", random_latents(0, 1, (), "bfloat16"), dtype="bfloat16")
     write_shard(store.directory, folder(), "00000", [long_name, scalars])
     write_shard(store.directory, folder(), "00001", [])
-    write_shard(store.directory, folder(1), "0.a", records(3, media=bytes(513)))
+    write_shard(store.directory, folder(1), "0.a", records(3, media=bytes(513), iteration=1))
     assert verify(store, deep=True).findings == []
 
 
@@ -108,7 +108,7 @@ def test_progress_is_shown_over_files(store: Store) -> None:
         yield from tasks
 
     verify(store, deep=False, bar=bar)
-    assert (seen["shards"], seen["plans"], seen["tensors"]) == (2, 2, 3)
+    assert (seen["shards"], seen["plans"], seen["tensors"]) == (2, 2, 4)
 
 
 def test_leftovers_are_no_findings(store: Store) -> None:
@@ -308,8 +308,11 @@ def test_rows_that_contradict_themselves(changes: dict[str, Any], problem: str, 
 def test_a_trajectory_in_two_indexes(store: Store) -> None:
     index = store.files("trajectories")[0]
     store.publish_table(index.replace("00000.parquet", "00001.parquet"), store.read_tables("trajectories", [index]))
-    doubled = {member for path, member, _ in told(verify(store, deep=False)) if path == "trajectories"}
-    assert doubled == {row["trajectory_id"] for row in shard_rows(store)[:2]}
+    twin = index.replace("00000.parquet", "00001.parquet")
+    names = sorted(row["trajectory_id"] for row in shard_rows(store)[:2])
+    found = [(f.path, f.problem, f.remedy) for f in verify(store, deep=False).findings if "has too" in f.problem]
+    problem = f"it has trajectories that {index} has too (2, for example {names[0]})"
+    assert found == [(twin, problem, "nothing is lost, their bytes are the same: readers take one of them")]
 
 
 def test_buffers_and_plans_of_lost_indexes(store: Store) -> None:
@@ -319,11 +322,13 @@ def test_buffers_and_plans_of_lost_indexes(store: Store) -> None:
     found = {path: problem for path, _, problem in told(verify(store, deep=False))}
     assert found.keys() == {
         index,
+        index.rpartition("/")[0],
         *(f"{iteration_folder('buffers', RUN, i)}.parquet" for i in (0, 1)),
         f"{iteration_folder('plans', RUN, 0)}.parquet",
+        *store.files("rewards", iteration=0),
     }
     buffer = found[f"{iteration_folder('buffers', RUN, 1)}.parquet"]
-    assert buffer == f"it names 1 trajectories that no index has, for example {lost}"
+    assert buffer == f"it names trajectories that no index has (1, for example {lost})"
 
 
 def test_a_damaged_table_says_how_it_is_made_again(store: Store) -> None:
@@ -340,30 +345,31 @@ def test_dropped_shards_have_no_bytes(store: Store) -> None:
         store.directory.remove(tar_of(store, kind))
     index = store.files("trajectories")[0]
     assert len(verify(store, deep=True).findings) == 2
-    store.publish_table(index.replace("trajectories/", "dropped/"), table_of([{"index_file": index}], DROPPED))
+    row = {"index_file": index, "run_id": RUN, "iteration": 0, "shard": "00000"}
+    store.publish_table(index.replace("trajectories/", "dropped/"), table_of([row], DROPPED))
     assert verify(store, deep=True).findings == []
-    store.publish_table("dropped/run=x/iter=000000/0.parquet", table_of([{"index_file": "nowhere"}], DROPPED))
-    assert told(verify(store, deep=True)) == [
-        ("dropped/run=x/iter=000000/0.parquet", None, "it speaks of nowhere, which is not there")
-    ]
+    lost = f"dropped/run={RUN}/iter=000000/0.parquet"
+    store.publish_table(lost, table_of([row | {"index_file": "nowhere", "shard": "0"}], DROPPED))
+    assert told(verify(store, deep=True)) == [(lost, None, "it speaks of nowhere, which is not there")]
 
 
 # -- generations ---------------------------------------------------------------------------------------------------------
 
 
 def test_generations_know_of_indexes_that_are_gone(store: Store) -> None:
-    """Nothing else may name a shard that was never selected."""
-    index = store.files("evals", run=RUN) + store.files("updates")[1:]
-    for path in index:
-        store.directory.remove(path)
-    assert told(verify(store, deep=False)) == [
-        (path, None, "it is gone; catalog/updates/gen-000001.json holds a copy of its rows") for path in index
-    ]
+    """Nothing else speaks of the last updates: without them the iteration would be trained again."""
+    path = store.files("updates")[1]
+    store.directory.remove(path)
+    assert (path, None, "it is gone; catalog/updates/gen-000001.json holds a copy of its rows") in told(
+        verify(store, deep=False)
+    )
 
 
 def test_generations_and_their_indexes_agree(store: Store) -> None:
     path = store.files("updates")[0]
-    overwrite(store.directory, path, to_parquet(table_of([{"run_id": RUN}, {"run_id": RUN}], UPDATES)))
+    overwrite(
+        store.directory, path, to_parquet(table_of([{"run_id": RUN, "iteration": 0, "new_policy_id": "new"}] * 2, UPDATES))
+    )
     assert told(verify(store, deep=False)) == [
         ("catalog/updates/gen-000001.json", None, f"it tells 1 rows of {path}, which has 2")
     ]
@@ -458,4 +464,4 @@ def test_a_report_is_json(store: Store) -> None:
     store.directory.remove(tar_of(store))
     report = json.loads(json.dumps(asdict(verify(store, deep=True))))
     assert report["deep"] is True
-    assert report["findings"][0].keys() == {"path", "member", "problem", "remedy"}
+    assert report["findings"][0].keys() == {"path", "member", "problem", "remedy", "kind"}

@@ -41,14 +41,14 @@ def whole_store(url: str, iterations: int = 2, run: str = RUN) -> Store:
     """
     store = Store.create(url)
     paths = {"train": store.add_prompts([PROMPT], "train")}
-    store.add_policy("base", {"kind": "base", "run_id": run, "iteration": 0}, None)
+    for name, kind in (("base", "base"), ("policy-0", "trained"), ("new", "trained")):
+        store.add_policy(name, {"kind": kind, "run_id": run, "iteration": 0}, None)
     document = {"config": {"name": run, "seed": 0}, "command": ["opgrpo"], "software": {}}
     store.add_run(run, document | {"prompts": paths, "base_policy_id": "base"})
     for iteration in range(iterations):
         iterate(store, iteration, run)
     weights: dict[str, NDArray[Any]] = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros((), np.float16)}
     store.add_policy("mean", {"kind": "average", "run_id": run, "iteration": iterations}, with_digest(weights))
-    store.directory.publish(f"states/run={run}/iter={iterations:06d}/new.safetensors", with_digest(weights))
     store.directory.publish("conditions/encoder=e/0.safetensors", with_checksums({"k/embeds": np.ones((3, 4), np.float32)}))
     return store
 
@@ -65,13 +65,17 @@ def iterate(store: Store, iteration: int, run: str = RUN, *, trained: bool = Tru
     previous = store.read_tables("buffers", last) if last else no_buffer()
     kept = buffer.select(previous, buffer.candidates(rows, told), set(), run_id=run, iteration=iteration, rule=buffer_rule(1.0))
     store.publish_table(f"{iteration_folder('buffers', run, iteration)}.parquet", kept)
-    store.publish_table(f"{iteration_folder('plans', run, iteration)}.parquet", plan(rows, told, plan_rule()))
+    store.publish_table(
+        f"{iteration_folder('plans', run, iteration)}.parquet", plan(rows, told, plan_rule(), iteration=iteration)
+    )
     if trained:
         train(store, iteration, run)
 
 
 def train(store: Store, iteration: int, run: str = RUN) -> None:
-    """The table that says an iteration is trained."""
+    """The training state, and the table that says an iteration is trained."""
+    state = {"weights/w": np.full(3, iteration, np.float32)}
+    store.directory.publish(f"states/run={run}/iter={iteration + 1:06d}/new.safetensors", with_digest(state))
     updates = table_of([{"run_id": run, "iteration": iteration, "new_policy_id": "new"}], UPDATES)
     store.publish_table(f"{iteration_folder('updates', run, iteration)}.parquet", updates)
 
@@ -85,12 +89,12 @@ def member(run: str, iteration: int, index: int) -> Record:
     return record(name, latents, **told)
 
 
-def with_digest(tensors: Mapping[str, NDArray[Any]]) -> bytes:
+def with_digest(tensors: Mapping[str, NDArray[Any]], more: Mapping[str, str] | None = None) -> bytes:
     """As pipelines.weights.to_bytes writes them: a digest over names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.blake2b()
     for name in sorted(tensors):
         digest.update(f"{name}:torch.{tensors[name].dtype}:{tensors[name].shape};".encode() + tensors[name].tobytes())
-    return bytes(safetensors.numpy.save(dict(tensors), metadata={"digest": digest.hexdigest()}))
+    return bytes(safetensors.numpy.save(dict(tensors), metadata={"digest": digest.hexdigest(), **(more or {})}))
 
 
 def with_checksums(tensors: Mapping[str, NDArray[Any]]) -> bytes:

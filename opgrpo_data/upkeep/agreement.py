@@ -20,8 +20,9 @@ from opgrpo_data.exchange.checks import check_prompts
 from opgrpo_data.store import REMADE, TABLES, prompts_path
 
 RESTORE = "restore it from a copy"
-SET_APART = re.compile(r"-(imported|offline)$")
-"""Buffers that a run imported, and what an offline run may train on, lie under the run's name with this behind it."""
+SET_APART = re.compile(r"(^|-)(imported|offline)$")
+"""Buffers that a run imported, and what an offline run may train on, lie under the run's name with this behind it; the
+trajectories of imported buffers under this alone."""
 
 PLACE = re.compile(
     r"(?P<kind>\w+)/(reward=(?P<reward>[^/]+)/)?run=(?P<run_id>[^/]+)/iter=(?P<iteration>\d{6,})(/(?P<name>.+))?\.parquet"

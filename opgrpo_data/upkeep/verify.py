@@ -269,5 +269,6 @@ def _needed(kind: str, document: Mapping[str, Any]) -> list[str]:
     if kind == "runs":
         prompts, base = document.get("prompts"), document.get("base_policy_id")
         files = [str(path) for path in prompts.values()] if isinstance(prompts, dict) else []
+        files += [str(document[key]) for key in ("imported_buffer", "offline_selection") if document.get(key)]
         return files + ([f"policies/{base}/policy.json"] if base else [])
     return [f"runs/{document['run_id']}.json"]

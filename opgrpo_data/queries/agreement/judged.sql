@@ -1,4 +1,4 @@
--- Whatever is planned was judged: its rewards are there.
+-- Whatever is planned was judged, and the value that buffers and plans repeat is there.
 SELECT
     path,
     format('it holds trajectories without a reward that are planned ({}, for example {})', count(*), min(trajectory_id)) AS problem,
@@ -12,12 +12,13 @@ GROUP BY path
 UNION ALL
 SELECT
     path,
-    format('it has rewards of trajectories that have none ({}, for example {})', count(DISTINCT trajectory_id), min(trajectory_id)),
+    format('it has rewards that no file of rewards/ has (of {} trajectories, for example {})',
+        count(DISTINCT used.trajectory_id), min(used.trajectory_id)),
     'restore the files of rewards/ from a copy, or run `opgrpo score` again'
 FROM (SELECT file, trajectory_id, reward FROM buffers UNION ALL SELECT file, trajectory_id, reward FROM plans) used
 JOIN settled USING (file)
 SEMI JOIN trajectories USING (trajectory_id)
-ANTI JOIN (SELECT trajectory_id FROM rewards WHERE value IS NOT NULL) valued USING (trajectory_id)
+ANTI JOIN rewards r ON r.trajectory_id = used.trajectory_id AND r.value = used.reward
 WHERE used.reward IS NOT NULL
 GROUP BY path
 ORDER BY path;

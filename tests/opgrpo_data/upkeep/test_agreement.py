@@ -11,6 +11,7 @@ import pytest
 
 from opgrpo_data.io import Directory
 from opgrpo_data.schema import table_of, to_parquet
+from opgrpo_data.seal import read_json, sealed_json
 from opgrpo_data.shards import write_shard
 from opgrpo_data.store import TABLES, Store
 from opgrpo_data.upkeep.verify import verify
@@ -69,7 +70,11 @@ def ids_of(store: Store, path: str = INDEX) -> list[str]:
         (INDEX, f"trajectories/{FIRST}", f"it is gone: run {RUN} is trained to iteration 1"),
         (INDEX, REWARDS, "the index of its shard is gone"),
         (REWARDS, INDEX, "it holds trajectories without a reward that are planned (2, for example {first})"),
-        (REWARDS, f"plans/{FIRST}.parquet", "it has rewards of trajectories that have none (2, for example {first})"),
+        (
+            REWARDS,
+            f"plans/{FIRST}.parquet",
+            "it has rewards that no file of rewards/ has (of 2 trajectories, for example {first})",
+        ),
         (f"runs/{RUN}.json", f"runs/{RUN}.json", "it is gone: there are 6 of its buffers, plans, updates"),
         ("policies/policy-0/policy.json", INDEX, "it names policy policy-0, which is not registered"),
         ("policies/new/policy.json", f"updates/{SECOND}.parquet", "it names policy new, which is not registered"),
@@ -186,6 +191,24 @@ def test_a_second_try_after_an_error_is_right(store: Store) -> None:
     assert found(store) == []
 
 
+def test_a_plan_of_another_reward(store: Store) -> None:
+    """Other rewards of its trajectories do not stand in for the one that it was made of."""
+    other = rewards([reward_row(name, 7.0, reward="smell") for name in ids_of(store)])
+    store.publish_table(REWARDS.replace("taste", "smell"), other)
+    assert found(store) == []
+    store.directory.remove(REWARDS)
+    told = dict(found(store))
+    assert told.keys() == {f"plans/{FIRST}.parquet", f"buffers/{FIRST}.parquet", f"buffers/{SECOND}.parquet"}
+    assert told[f"plans/{FIRST}.parquet"].startswith("it has rewards that no file of rewards/ has (of 2 trajectories,")
+
+
+def test_what_a_run_began_with(store: Store) -> None:
+    path, lost = f"runs/{RUN}.json", "plans/run=lost-offline/iter=000000.parquet"
+    document = read_json(store.directory.read(path)) | {"offline_selection": lost}
+    overwrite(store.directory, path, sealed_json(document))
+    assert found(store) == [(path, f"it speaks of {lost}, which is not there")]
+
+
 @pytest.mark.parametrize("kind", ["plans", "buffers"])
 def test_latents_that_would_lie_elsewhere(store: Store, kind: str) -> None:
     path = f"{kind}/{FIRST}.parquet"
@@ -245,7 +268,7 @@ def test_what_was_imported_or_chosen_lies_set_apart(store: Store) -> None:
     planned = store.read_tables("plans", [f"plans/{FIRST}.parquet"]).to_pylist()
     chosen = [row | {"run_id": "mine", "iteration": -1, "role": "stored"} for row in planned]
     store.publish_table("plans/run=mine-offline/iter=000000.parquet", table_of(chosen, TABLES["plans"].schema))
-    write_shard(store.directory, "trajectories/run=mine-imported/iter=000000", "00000", [member("elsewhere", 3, 0)])
+    write_shard(store.directory, "trajectories/run=imported/iter=000000", "00000", [member("elsewhere", 3, 0)])
     assert found(store) == []
 
 

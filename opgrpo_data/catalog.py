@@ -8,6 +8,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 import duckdb
@@ -121,7 +122,7 @@ class Catalog:
 
     def _check(self, kind: str, path: str) -> None:
         """DuckDB verifies nothing: what it is to read must carry a seal that holds, or else be read by us once."""
-        data = self._store.directory.read(path)
+        data = self._store.read(path)
         with suppress(ValueError):
             if check_seal(data):
                 return
@@ -185,7 +186,13 @@ def _quoted(text: str) -> str:
 
 def _distinct(names: list[str]) -> list[str]:
     """Column names with a number behind those that came before: rows as dicts would lose them."""
-    return [name if name not in names[:i] else f"{name}_{names[:i].count(name)}" for i, name in enumerate(names)]
+    taken, distinct = set(names), []
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            name = next(new for number in count(1) if (new := f"{name}_{number}") not in taken)
+            taken.add(name)
+        distinct.append(name)
+    return distinct
 
 
 def _policy(document: dict[str, Any], kept: set[str]) -> dict[str, Any]:

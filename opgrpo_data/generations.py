@@ -77,8 +77,10 @@ def in_force(store: Store, kind: str) -> tuple[Generation | None, list[str]]:
     for path in reversed(paths):
         try:
             generation = read_generation(store.directory, path)
+            check_footer(store.directory, generation)
             if gone := [file for file in generation.files if file not in present]:
-                raise ValueError(f"it holds {len(gone)} index files that are gone, for example {gone[0]}")
+                kept = "unless they were meant to go, restore them from a copy"
+                raise ValueError(f"it holds {len(gone)} index files that are gone, for example {gone[0]}: {kept}")
         except (ValueError, FileNotFoundError) as error:
             warn(path, error)
             continue
@@ -93,14 +95,24 @@ def warn(path: str, error: Exception) -> None:
 
 
 def faults(store: Store, *, deep: bool) -> Iterator[tuple[str, str]]:
-    """(path, problem) of every generation that is damaged. deep: reads all their bytes."""
-    for path in (path for kind in COMPACTED for path in documents(store, kind)):
-        try:
-            generation = read_generation(store.directory, path)
-            if deep and (found := _crc32(store.directory, generation)) != generation.crc32:
-                raise ValueError(f"{generation.parquet}: expected crc32 {generation.crc32}, found {found}")
-        except (ValueError, FileNotFoundError) as error:
-            yield path, str(error)
+    """(path, problem) of every generation that is damaged and that a reader could take: none older than a sound one in force.
+
+    deep: reads all their bytes.
+    """
+    for kind in COMPACTED:
+        paths = documents(store, kind)
+        present = set(store.files(kind)) if paths else set()
+        for path in reversed(paths):
+            try:
+                generation = read_generation(store.directory, path)
+                check_footer(store.directory, generation)
+                if deep:
+                    check_bytes(store.directory, generation)
+            except (ValueError, FileNotFoundError) as error:
+                yield path, str(error)
+                continue
+            if generation.files.keys() <= present:
+                break
 
 
 def read_footer(directory: Directory, path: str, size: int) -> bytes:
@@ -111,7 +123,7 @@ def read_footer(directory: Directory, path: str, size: int) -> bytes:
 
 
 def read_generation(directory: Directory, path: str) -> Generation:
-    """A generation from its JSON, its Parquet file's size and footer checked. Raises ValueError, or FileNotFoundError."""
+    """A generation from its JSON. Raises ValueError when that is damaged, or FileNotFoundError."""
     document = read_json(directory.read(path))
     try:
         generation = Generation(path, **{name: document[name] for name in FIELDS})
@@ -127,16 +139,22 @@ def read_generation(directory: Directory, path: str) -> Generation:
         raise ValueError(f"it describes no generation ({error!r})") from error
     if not sound:
         raise ValueError("it contradicts itself")
+    return generation
+
+
+def check_footer(directory: Directory, generation: Generation) -> None:
+    """Raise ValueError when the Parquet file has not the size and the footer that the JSON tells, or FileNotFoundError."""
     start = generation.bytes - generation.footer_bytes
     footer = directory.read_range(generation.parquet, start, generation.footer_bytes + 1)  # one more: it must end there
     if len(footer) != generation.footer_bytes or f"{crc32(footer):08x}" != generation.footer_crc32:
         raise ValueError(f"{generation.parquet} has another size or footer than it was written with")
-    return generation
 
 
-def _crc32(directory: Directory, generation: Generation) -> str:
+def check_bytes(directory: Directory, generation: Generation) -> None:
+    """Read the whole Parquet file; raise ValueError when its checksum is not the one that the JSON tells."""
     crc = 0
     for start in range(0, generation.bytes, CHUNK_BYTES):
         length = min(CHUNK_BYTES, generation.bytes - start)
         crc = crc32(directory.read_range(generation.parquet, start, length), crc)
-    return f"{crc:08x}"
+    if (found := f"{crc:08x}") != generation.crc32:
+        raise ValueError(f"{generation.parquet}: expected crc32 {generation.crc32}, found {found}")

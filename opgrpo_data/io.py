@@ -41,6 +41,8 @@ def checked_name(name: str, what: str) -> str:
 
 def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """The filesystem of a URL, and the path in it. A URL is printed and stored, so one with a password in it is refused."""
+    if not url.strip():
+        raise StoreError(f"the place {url!r} is empty: name a directory or a bucket prefix, for example s3://BUCKET/PREFIX")
     if WITH_PASSWORD.search(url):
         shown = WITH_PASSWORD.sub("://...@", url)
         raise StoreError(f"the store's URL {shown} holds a password, and URLs are kept: leave it out; {CREDENTIALS}")
@@ -60,16 +62,17 @@ class Directory:
     """A place and the files in it. The only class that knows where files lie."""
 
     def __init__(self, url: str) -> None:
-        filesystem, self.root = _filesystem(url)
-        self.local = isinstance(filesystem, LocalFileSystem)
-        self.files: Files = LocalFiles() if self.local else RemoteFiles(filesystem)
+        self._filesystem, self.root = _filesystem(url)
+        self.local = isinstance(self._filesystem, LocalFileSystem)
+        self.files: Files = LocalFiles() if self.local else RemoteFiles(self._filesystem)
         self.url = self.root if self.local else url
 
-    def same_as(self, other: Directory) -> bool:
-        """Whether both are one place, by another name perhaps."""
+    def contains(self, other: Directory) -> bool:
+        """Whether `other` is this place, by another name perhaps, or lies in it."""
         if self.local and other.local:
-            return Path(self.root).resolve() == Path(other.root).resolve()
-        return self.local == other.local and self.root == other.root and self.url.rstrip("/") == other.url.rstrip("/")
+            return Path(other.root).resolve().is_relative_to(Path(self.root).resolve())
+        # Two servers may have equal paths.
+        return self._filesystem == other._filesystem and f"{other.root}/".startswith(f"{self.root.rstrip('/')}/")
 
     def path(self, relative: str) -> str:
         """The full path of `relative`; refuses to leave the directory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -89,18 +90,18 @@ def read_pieces(
     if wanted is None or len(wanted) >= MANY_FILES:
         generation, files = in_force(store, kind)
         mine = files if wanted is None else mine
-    read: dict[str, int] = {}
+    read: Counter[str] = Counter()
     held = generation.files if generation else {}
     if generation is not None:
         try:
             for segments, table in _of_generation(store, generation, schema, set(mine)):
                 yield segments, table
                 for path, count in segments:
-                    read[path] = read.get(path, 0) + count
+                    read[path] += count
         except DAMAGE as error:
             warn(generation.path, error)
     # What a damaged generation did not give any more is read from the index files: the same rows in the same order.
-    rest = {path: read.get(path, 0) for path in mine if path not in held or read.get(path, 0) < held[path]}
+    rest = {path: read[path] for path in mine if path not in held or read[path] < held[path]}
     yield from read_files(store, kind, rest, schema, damaged)
 
 
@@ -160,12 +161,12 @@ def read_files(
 def _contents(store: Store, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     """Files and their bytes; of an object store, several at once."""
     if store.directory.local:
-        yield from ((path, store.directory.read(path)) for path in paths)
+        yield from ((path, store.read(path)) for path in paths)
         return
     with ThreadPoolExecutor(READ_AT_ONCE, "opgrpo-read") as pool:
         for start in range(0, len(paths), READ_AT_ONCE):
             some = paths[start : start + READ_AT_ONCE]
-            yield from zip(some, pool.map(store.directory.read, some), strict=True)
+            yield from zip(some, pool.map(store.read, some), strict=True)
 
 
 def _parsed(store: Store, kind: str, path: str, data: bytes, schema: pa.Schema) -> pa.Table:

@@ -85,6 +85,16 @@ class Store:
         """The format version that its store.json says."""
         return str(_marker(self.directory, self.directory.url)["version"])
 
+    def read(self, path: str) -> bytes:
+        """The bytes of a file that a listing names. Raises StoreError where it is none: a folder, a pipe, a link to nowhere."""
+        try:
+            return self.directory.read(path)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{path} cannot be read ({error.strerror or 'no such file'}): restore it from a copy, or remove it; "
+                f"`opgrpo verify` finds all such files"
+            ) from error
+
     # -- tables -----------------------------------------------------------------------------------------------------
 
     def publish_table(self, path: str, table: pa.Table) -> bool:
@@ -93,7 +103,7 @@ class Store:
 
     def read_tables(self, kind: str, paths: Sequence[str]) -> pa.Table:
         """The rows of several files of one kind, in the order of `paths`; columns exactly as in its schema."""
-        tables = [self.parse(kind, path, self.directory.read(path)) for path in paths]
+        tables = [self.parse(kind, path, self.read(path)) for path in paths]
         return pa.concat_tables(tables) if tables else TABLES[kind].schema.empty_table()
 
     def parse(self, kind: str, path: str, data: bytes) -> pa.Table:
@@ -152,7 +162,7 @@ class Store:
     def documents(self, pattern: str) -> Iterator[dict[str, Any]]:
         """The JSON documents whose paths match a glob, in the order of their names."""
         for path in self.directory.list(pattern):
-            document = _document(self.directory, path, path)
+            document = _document(self.read(path), path)
             if problem := document_problem(path, document):
                 raise StoreError(f"{path} {problem}: the store was damaged, restore it from a copy")
             yield document
@@ -250,13 +260,13 @@ def now() -> datetime:
 
 def _marker(directory: Directory, url: str) -> dict[str, Any]:
     try:
-        return _document(directory, MARKER, f"{url}/{MARKER}")
+        return _document(directory.read(MARKER), f"{url}/{MARKER}")
     except FileNotFoundError as error:
         raise StoreError(f"no store at {url}: make one with `opgrpo init --store {url} CONFIG`") from error
 
 
-def _document(directory: Directory, path: str, named: str) -> dict[str, Any]:
+def _document(data: bytes, named: str) -> dict[str, Any]:
     try:
-        return read_json(directory.read(path))
+        return read_json(data)
     except ValueError as error:
         raise StoreError(f"{named} {error}: the store was damaged, restore it from a copy") from error

@@ -42,10 +42,15 @@ def show(told: Any, as_json: bool) -> None:
 
 
 def _line(value: Any) -> str:
-    """Nested entries below one another, everything else in one line."""
+    """Rows below one another, everything else in one line, as people write it."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "".join(f"\n  {', '.join(f'{name} {part}' for name, part in row.items())}" for row in value)
-    return str(value)
+        return "".join(f"\n  {_line(row)}" for row in value)
+    if isinstance(value, list | dict):
+        parts = [f"{name} {_line(part)}" for name, part in value.items()] if isinstance(value, dict) else map(_line, value)
+        return ", ".join(parts) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def show_report(report: Report, as_json: bool) -> None:
@@ -56,11 +61,17 @@ def show_report(report: Report, as_json: bool) -> None:
     for finding in report.findings:
         print(f"{finding.path}: {finding.problem}; {finding.remedy}")
     if report.quarantined:
-        print(f"{report.quarantined} trajectories are in quarantine: their damage is known")
+        print(f"{_counted(report.quarantined, 'trajectory')} in quarantine: that damage is known")
     if report.unsealed:
-        print(f"{report.unsealed} files of an older format have no seal: `opgrpo migrate` writes their checksums down")
-    verdict = f"{len(report.findings)} findings" if report.findings else "nothing is wrong"
-    print(f"{report.files} files, {report.trajectories} trajectories, {report.bytes} bytes: {verdict}")
+        print(f"{_counted(report.unsealed, 'file')} of an older format without a seal: `opgrpo migrate` writes checksums down")
+    looked_at = [(report.files, "file"), (report.trajectories, "trajectory"), (report.bytes, "byte")]
+    verdict = _counted(len(report.findings), "finding") if report.findings else "nothing is wrong"
+    print(f"{', '.join(_counted(number, what) for number, what in looked_at)}: {verdict}")
+
+
+def _counted(number: int, what: str) -> str:
+    many = f"{what.removesuffix('y')}ies" if what.endswith("y") else f"{what}s"
+    return f"{number} {what if number == 1 else many}"
 
 
 def show_outcome(outcome: Outcome, dry_run: bool, as_json: bool) -> None:
@@ -81,7 +92,7 @@ def show_result(config: Path, overrides: list[str], result: Result) -> None:
         gain = result.held_out_after - result.held_out_before
         print(
             f"\nheld-out reward before {result.held_out_before:.3f}, after {result.held_out_after:.3f} "
-            f"({gain:+.3f} ± {result.gain_error:.3f}, {result.samples} samples)\n"
+            f"({gain:+.3f} ± {result.gain_error:.3f}, {_counted(result.samples, 'sample')})\n"
             f"pictures before and after: {result.picture}"
         )
     print(f"store: {result.store} (run {result.run_id}, policy {result.policy_id})\ngo on with:")
@@ -108,9 +119,16 @@ def show_table(rows: list[dict[str, Any]]) -> None:
 
     table = Table(*(rows[0] if rows else ["no rows"]))
     for row in rows:
-        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*map(_cell, row.values()))
     # Into a pipe nothing is cut: the reader there has no narrow window.
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table, markup=False)
+
+
+def _cell(value: Any) -> str:
+    """A value in a table: nothing where there is none."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_json(value: Any) -> str:

@@ -177,9 +177,13 @@ def read_state(store: Store, run_id: str, iteration: int, policy_id: str) -> dic
     try:
         return weights.from_bytes(store.directory.read(path), path)
     except FileNotFoundError as error:
+        kept = _kept(store, run_id)
+        instead = "begin a run of another name (`opgrpo init` with --set name=...)"
+        if iteration - 1 in {0} | kept:  # iteration 0 begins at the base policy
+            instead = f"remove the updates of iteration {iteration - 1} and train that one again"
         raise StoreError(
-            f"run {run_id} keeps no training state of iteration {iteration}; it keeps {sorted(_kept(store, run_id))}. "
-            f"Restore it from a copy, or remove the updates of iteration {iteration - 1} and train that one again"
+            f"run {run_id} keeps no training state of iteration {iteration}; it keeps {sorted(kept)}. "
+            f"Restore it from a copy, or {instead}"
         ) from error
 
 

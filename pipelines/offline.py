@@ -5,7 +5,7 @@ What a run may train on is fixed when it begins, as a table in the store: it sta
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -21,9 +21,6 @@ from pipelines.config import RunConfig
 from pipelines.fitting import Asked, fitting, scored
 from pipelines.progress import Progress
 from pipelines.rewards.base import Reward
-
-if TYPE_CHECKING:
-    from pipelines.experiment import Experiment
 
 BEFORE = 0
 """The table lies in iteration 0 of a folder of its own: a plan of which nothing is dealt to optimizer steps yet."""
@@ -113,14 +110,13 @@ def regrouped(members: pl.DataFrame, size: int, run_id: str) -> pl.DataFrame:
     )
 
 
-def members(experiment: Experiment, iteration: int) -> pa.Table:
+def members(store: Store, config: RunConfig, table: pa.Table, iteration: int) -> pa.Table:
     """The stored trajectories of an iteration's groups (schema PLANS), without those that were damaged or dropped since.
+    table: all that the run trains on, as `fix_selection` wrote it down.
 
     Each lap over the groups is a fresh permutation, dealt to iterations, `rollout.prompts_per_iteration` groups to each; a
     remainder too small for an iteration is left out of that lap.
     """
-    config = experiment.config
-    table, store = experiment.offline_selection, experiment.store
     groups = list(dict.fromkeys(table["group_id"].to_pylist()))
     size = config.rollout.prompts_per_iteration
     lap, place = divmod(iteration, len(groups) // size)

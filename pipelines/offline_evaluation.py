@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
+from opgrpo_data.exchange.reward_keys import find_reward, rewards_known
 from opgrpo_data.importance import SelfNormalised, log_weight, predicted_ess, self_normalised
-from opgrpo_data.io import checked_name
 from opgrpo_data.store import Store
 from pipelines import sampler
 from pipelines.config import RunConfig
@@ -93,8 +94,9 @@ def evaluate_offline(
     """
     restored = restore(store, policy_id, trust_code=trust_code)
     config, policy = RunConfig.model_validate(restored.run["config"]), restored.policy
-    name, version = _judgement(store, reward or _reward_name(store, config.reward))
-    asked, rewards = Asked.of(policy, config.rollout), scored(store, name, version)
+    catalog = Catalog(store)
+    key = find_reward(catalog, reward or _reward_name(catalog, config.reward))
+    asked, rewards = Asked.of(policy, config.rollout), scored(store, key.name, key.version)
     found = fitting(store, asked, rewards, files=_files(store, run, iterations, restored.document))
     fresh = found.trajectories.filter(pc.equal(pc.fill_null(found.trajectories["prefix_steps"], 0), 0))
     if not fresh.num_rows:
@@ -109,35 +111,16 @@ def evaluate_offline(
         "damaged": fresh.num_rows - len(paths),
         "unfit": found.seen - found.trajectories.num_rows,
     }
-    told = {"policy_id": restored.document["policy_id"], "reward": name, "version": version, "runs": found.told}
+    told = {"policy_id": restored.document["policy_id"], "reward": key.name, "version": key.version, "runs": found.told}
     return _estimate(paths, told, left_out)
 
 
-def _reward_name(store: Store, config: RewardConfig) -> str:
+def _reward_name(catalog: Catalog, config: RewardConfig) -> str:
     """What values of a configured reward are stored under. Raises StoreError where only code that the store names knows it."""
     if ":" in config.name:
-        raise StoreError(
-            f"the policy was trained on {config.name!r}, which has a name of its own: --reward, one of {_kinds(store)}"
-        )
+        known = ", ".join(map(str, rewards_known(catalog)))
+        raise StoreError(f"the policy was trained on {config.name!r}, which has a name of its own: --reward, one of {known}")
     return config.name
-
-
-def _kinds(store: Store) -> list[str]:
-    """Names of the rewards that some trajectory has."""
-    return sorted({path.split("/")[1].removeprefix("reward=") for path in store.files("rewards")})
-
-
-def _judgement(store: Store, reward: str) -> tuple[str, str]:
-    """Name and version of NAME or NAME@VERSION. Raises StoreError when nothing is stored of it, or of several versions."""
-    name, _, version = reward.partition("@")
-    tables = [store.read_tables("rewards", [path]) for path in store.files("rewards", reward=checked_name(name, "reward"))]
-    versions = sorted({found for table in tables for found in table["version"].to_pylist()})
-    if version in versions or (not version and len(versions) == 1):
-        return name, version or versions[0]
-    if not versions:
-        there = _kinds(store)
-        raise StoreError(f"no stored trajectory has the reward {name!r}; there is {there}. Score them: `opgrpo score --reward`")
-    raise StoreError(f"reward {reward!r}: the stored versions are {versions}; name one, as {name}@{versions[-1]}")
 
 
 def _files(store: Store, run: str | None, iterations: int | None, document: Row) -> list[str]:
@@ -155,7 +138,7 @@ def _files(store: Store, run: str | None, iterations: int | None, document: Row)
 
 
 @dataclass(frozen=True)
-class Path:
+class WeighedPath:
     """A stored trajectory under the policy. log_weight: its log-density less that under whoever drew it. predicted: exp(-sum of
     path variances)."""
 
@@ -164,7 +147,7 @@ class Path:
     predicted: float
 
 
-def _weighed(store: Store, policy: Policy, grid: Transitions, rows: Sequence[Row], size: int) -> Iterator[Path]:
+def _weighed(store: Store, policy: Policy, grid: Transitions, rows: Sequence[Row], size: int) -> Iterator[WeighedPath]:
     """Every readable row, weighed over all steps that have a density."""
     texts = {name: prompt.text for name, prompt in stored_prompts(store).items()}
     for start in range(0, len(rows), size):
@@ -180,10 +163,10 @@ def _weighed(store: Store, policy: Policy, grid: Transitions, rows: Sequence[Row
         stored = Stored([texts[row["prompt_id"]] for row in read], states, behaviour, seeds)
         densities = evaluate(policy, stored, grid)
         for row, logprob, variance in zip(read, densities.logprob.tolist(), densities.path_variance.tolist(), strict=True):
-            yield Path(row, log_weight(logprob, row["behaviour_logprob"]), predicted_ess(variance))
+            yield WeighedPath(row, log_weight(logprob, row["behaviour_logprob"]), predicted_ess(variance))
 
 
-def _estimate(paths: Sequence[Path], told: dict[str, Any], left_out: dict[str, int]) -> Estimate:
+def _estimate(paths: Sequence[WeighedPath], told: dict[str, Any], left_out: dict[str, int]) -> Estimate:
     values = np.array([path.row["reward"] for path in paths])
     groups = [path.row["group_id"] for path in paths]
     found = self_normalised(np.array([path.log_weight for path in paths]), values, groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -39,15 +40,7 @@ def restore(store: Store, policy_id: str, *, trust_code: bool = False) -> Restor
     """
     document = _document(store, policy_id)
     run = next(store.documents(f"runs/{checked_name(document['run_id'], 'run_id')}.json"))
-    config = PolicyConfig.model_validate(run["config"]["policy"])
-    if config.family not in POLICIES.known and not trust_code:
-        raise StoreError(
-            f"policy {document['policy_id']} is built by {config.family!r}, Python code that is not opgrpo's: to run it, add "
-            f"--trust-code, if you trust whoever wrote this store"
-        )
-    # The device is this machine's affair, not the run's.
-    options = {name: value for name, value in config.options.items() if name != "device"}
-    policy: Policy = POLICIES.build(config.family, model=config.model, **options)
+    config, policy = build_model(run, trust_code=trust_code)
     kept = _weights(store, document)
     if kept is None:
         kept = weights.masters(policy.trainable)
@@ -58,12 +51,34 @@ def restore(store: Store, policy_id: str, *, trust_code: bool = False) -> Restor
             f"the model {config.model!r} is not the one that policy {document['policy_id']} was made of: with this one it "
             f"is {found}. Restore the model's files"
         )
-    if policy.model_id != (began := run.get("model_id", policy.model_id)):
-        raise StoreError(
-            f"the files of {config.model!r} changed since the run began ({began}, now {policy.model_id}): restore them"
-        )
+    check_files(run, config, policy)
     policy.prepare(store.directory, [])
     return Restored(policy, document, run, config)
+
+
+def build_model(run: Mapping[str, Any], *, trust_code: bool) -> tuple[PolicyConfig, Policy]:
+    """The model that a run began with, by the document of the run. trust_code: see `restore`.
+
+    Raises StoreError where its code is not opgrpo's and not trusted, ValueError when it cannot be loaded.
+    """
+    config = PolicyConfig.model_validate(run["config"]["policy"])
+    if config.family not in POLICIES.known and not trust_code:
+        raise StoreError(
+            f"the policy of run {run['run_id']} is built by {config.family!r}, Python code that is not opgrpo's: to run it, "
+            f"add --trust-code where a command takes it, if you trust whoever wrote this store"
+        )
+    # The device is this machine's affair, not the run's.
+    options = {name: value for name, value in config.options.items() if name != "device"}
+    return config, POLICIES.build(config.family, model=config.model, **options)
+
+
+def check_files(run: Mapping[str, Any], config: PolicyConfig, policy: Policy) -> None:
+    """Raise StoreError when the files of a model are not those that the run began with."""
+    if policy.model_id != (began := run.get("model_id", policy.model_id)):
+        raise StoreError(
+            f"the files of {config.model!r} changed since run {run['run_id']} began ({began}, now {policy.model_id}): "
+            f"restore them"
+        )
 
 
 def _document(store: Store, policy_id: str) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def reusable(experiment: Experiment, iteration: int) -> list[dict[str, Any]]:
     """Rows (schema PLANS) that may join: the groups of an offline iteration; else those of the last `replay.reuse_iterations`
     plans that carry an advantage, for without one there is no gradient."""
     if experiment.config.algorithm == "offline":
-        stored: list[dict[str, Any]] = members(experiment, iteration).to_pylist()
+        stored: list[dict[str, Any]] = members(
+            experiment.store, experiment.config, experiment.offline_selection, iteration
+        ).to_pylist()
         return stored
     first = max(iteration - experiment.config.replay.reuse_iterations, 0)
     rows: dict[str, dict[str, Any]] = {}

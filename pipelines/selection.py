@@ -72,7 +72,7 @@ def _select_offline(experiment: Experiment, iteration: int, dry_run: bool) -> Ou
     path = f"{iteration_folder('plans', experiment.run_id, iteration)}.parquet"
     if store.directory.exists(path):
         return Outcome("select", iteration, 0, 1)
-    stored = members(experiment, iteration)
+    stored = members(experiment.store, experiment.config, experiment.offline_selection, iteration)
     if rule.advantage_parts == "sum":
         found = cast(pl.DataFrame, pl.from_arrow(stored))
     else:

@@ -11,8 +11,10 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from opgrpo_data.catalog import Catalog
-from opgrpo_data.errors import CorruptionError, StoreError
+from opgrpo_data.errors import StoreError
+from opgrpo_data.exchange.selection import IS_DROPPED
 from opgrpo_data.io import checked_name
+from opgrpo_data.places.local import LocalFiles
 from opgrpo_data.store import Store
 from pipelines.rewards.base import Media
 
@@ -37,7 +39,7 @@ SELECT DISTINCT trajectory_id FROM trajectories WHERE starts_with(trajectory_id,
 """
 _ROW = """
 SELECT t.*, text, metadata,
-    regexp_replace(latents_file, '([.][^.]*){{3}}$', '.parquet') IN (SELECT index_file FROM dropped) AS dropped
+    {dropped} AS dropped
 FROM trajectories t LEFT JOIN prompts USING (prompt_id)
 WHERE trajectory_id = '{id}' ORDER BY latents_file LIMIT 1
 """
@@ -75,7 +77,7 @@ def show(store: Store, trajectory: str, to: Path | None = None) -> dict[str, Any
     trajectory: its id, the beginning of it, or `best`: the one with the highest reward (the newest run's, where there are
     several), damaged ones aside. Of videos the middle frame is shown. Without `to` no model is loaded. Where the pictures
     cannot be made the rest is told all the same, and why not under `no_picture`. Raises StoreError when there is no such
-    trajectory, or several; ValueError when `to` is there already.
+    trajectory, or several; ValueError when `to` is there already; OSError when it cannot be written.
     """
     if to is not None and to.exists():
         raise ValueError(f"{to} is there already: choose another file")
@@ -95,19 +97,34 @@ def show(store: Store, trajectory: str, to: Path | None = None) -> dict[str, Any
         "quarantine": quarantine[0]["reason"] if quarantine else None,
         "dropped": row["dropped"],
     }
-    if to is None:
-        return told
+    return told if to is None else told | _drawn(store, row, to)
+
+
+class _NoPictureError(Exception):
+    """The strip cannot be drawn: why."""
+
+
+def _drawn(store: Store, row: dict[str, Any], to: Path) -> dict[str, Any]:
+    """Draw the strip of a trajectory into a new file, whole or not at all; returns where it is, or why there is none."""
     try:
-        picture = strip(_decoded(store, row), row["sigmas"])
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_bytes(picture)
-    except (CorruptionError, ValueError, OSError) as error:
-        return told | {"picture": None, "no_picture": " ".join(str(error).split())}
-    return told | {"picture": str(to)}
+        with LocalFiles().write_atomic(str(to)) as file:  # before a model is loaded for nothing
+            file.write(_picture(store, row))
+    except _NoPictureError as error:
+        return {"picture": None, "no_picture": str(error)}
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {to}: {error.strerror}") from error
+    return {"picture": str(to)}
+
+
+def _picture(store: Store, row: dict[str, Any]) -> bytes:
+    try:
+        return strip(_decoded(store, row), row["sigmas"])
+    except (ValueError, OSError) as error:
+        raise _NoPictureError(" ".join(str(error).split())) from error
 
 
 def _ask(catalog: Catalog, sql: str, name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = catalog.query(sql.format(id=name)).to_pylist()
+    rows: list[dict[str, Any]] = catalog.query(sql.format(id=name, dropped=IS_DROPPED)).to_pylist()
     return rows
 
 
@@ -128,8 +145,7 @@ def _find(catalog: Catalog, trajectory: str) -> str:
 
 def _decoded(store: Store, row: dict[str, Any]) -> list[Media]:
     """Samples of x_0 .. x_T, by the decoder of the model that its run began with: training leaves the decoder as it is."""
-    from pipelines.policies.base import POLICIES
-    from pipelines.settings import PolicyConfig
+    from pipelines.restore import build_model, check_files
     from pipelines.trajectories import read_prefix
 
     if row["dropped"]:
@@ -138,14 +154,8 @@ def _decoded(store: Store, row: dict[str, Any]) -> list[Media]:
     run = next(store.documents(f"runs/{checked_name(row['run_id'], 'run_id')}.json"), None)
     if run is None:
         raise StoreError(f"the store does not know run {row['run_id']}, whose model would decode its latents")
-    config = PolicyConfig.model_validate(run["config"]["policy"])
-    if config.family not in POLICIES.known:  # a store may come from anyone: to look at it shall run no code that it names
-        raise StoreError(f"policy family {config.family!r} is none of opgrpo's own: only those are run to show something")
-    # The device is this machine's affair, not the run's.
-    options = {name: value for name, value in config.options.items() if name != "device"}
-    policy = POLICIES.build(config.family, model=config.model, **options)
-    if policy.model_id != (began := run.get("model_id", policy.model_id)):
-        raise StoreError(f"the files of {config.model!r} changed since its run began ({began}, now {policy.model_id})")
+    config, policy = build_model(run, trust_code=False)  # to look at a store runs no code that it names
+    check_files(run, config, policy)
     shape = tuple(latents.shape[1:])
     if shape != tuple(policy.latent_shape):
         raise StoreError(f"its latents are {shape}, the model of run {row['run_id']} draws {policy.latent_shape}")

@@ -1,10 +1,14 @@
 """A store's data in other forms and back: datasets for other tools, and what other stores hold (docs/exchange.md).
 
-export.py       which forms there are; a new folder, filled, its manifest last
+export.py       which forms there are, and the manifest of what was written
+target.py       where a dataset goes: claimed, filled, finished, or begun anew
 selection.py    which trajectories an export takes, and which it leaves out
+reward_keys.py  which reward is meant by NAME or NAME@VERSION
 webdataset.py   plain WebDataset, written and read: the only dataset that can come back
 tables.py       Parquet with pictures inside: huggingface, sft, preferences
 card.py         the dataset card beside them
+left_out.py     what was not taken, counted by reason
+plain.py        values as JSON has them, and back
 receive.py      where imported trajectories and rewards go, and which are there already
 importing.py    what a source is; trajectories out of tars
 stores.py       import of another store; store_shards.py: of its trajectories

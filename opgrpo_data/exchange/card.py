@@ -20,13 +20,14 @@ TITLES = {
     "sft": "Pictures for supervised fine-tuning",
 }
 
+ORIGIN = "Exported from a store of\nopgrpo as"
+
 CARD = """---
 {head}---
 
 # {title}
 
-{rows} rows, drawn by generative models for {prompts} prompts and judged by automatic rewards. Exported from a store of
-opgrpo as `{form}`{condition}.
+{rows} rows, drawn by generative models for {prompts} prompts and judged by automatic rewards. {origin} `{form}`{condition}.
 
 ```python
 from datasets import load_dataset
@@ -93,6 +94,7 @@ def card(selection: Selection, form: str, columns: Sequence[Column], rows: int, 
     return CARD.format(
         head=yaml.safe_dump(_head(form, columns, rows, size), sort_keys=False),
         title=TITLES[form],
+        origin=ORIGIN,
         form=form,
         rows=rows,
         condition="" if selection.where is None else f", those for which {_code(selection.where)}",
@@ -104,6 +106,11 @@ def card(selection: Selection, form: str, columns: Sequence[Column], rows: int, 
         left_out=left_out.told(),
         **told,
     )
+
+
+def is_card(data: bytes) -> bool:
+    """Whether a README.md is such a card, and not somebody's own."""
+    return ORIGIN.encode() in data
 
 
 def _head(form: str, columns: Sequence[Column], rows: int, size: int) -> dict[str, Any]:

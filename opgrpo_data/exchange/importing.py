@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opgrpo_data.catalog import Catalog
+from opgrpo_data.checks import checked_path, read_object
 from opgrpo_data.errors import StoreError
 from opgrpo_data.exchange import receive, stores, webdataset
-from opgrpo_data.exchange.checks import checked_path, read_object
-from opgrpo_data.exchange.export import FORMAT, MANIFEST, VERSION
 from opgrpo_data.exchange.left_out import LeftOut
+from opgrpo_data.exchange.target import FORMAT, MANIFEST, UNFINISHED, VERSION
 from opgrpo_data.exchange.webdataset import Sample
 from opgrpo_data.io import Directory
 from opgrpo_data.shards import write_shard
@@ -26,16 +26,15 @@ def import_dataset(source: str, to: str, *, merge: bool = False) -> dict[str, An
 
     What is there already is skipped, so that an import that was cut short is finished by the same command with merge. Damaged
     trajectories are not taken, and counted. merge: also into a store that holds something. Returns what was done. Raises
-    StoreError when the source is none of these, is the store itself, or has trajectories with other bytes than the store has
-    under their ids.
+    StoreError when the source is none of these, when it and the store lie one in the other, when the store holds something and
+    merge is not given, or when the source has trajectories with other bytes than the store has under their ids.
     """
     place = Directory(source)
-    if place.same_as(Directory(to)):
-        raise StoreError(f"{source} is the store itself: name another one to import from")
+    _check_apart(place, Directory(to))
     theirs = Store.open(source) if place.exists(MARKER) else None
     if theirs is None and not place.exists(MANIFEST):
         raise StoreError(
-            f"{source} has neither a {MARKER} nor a {MANIFEST}: name a store, or a folder that opgrpo export wrote"
+            f"{source} has neither a {MARKER} nor an {MANIFEST}: name a store, or a folder that opgrpo export wrote"
         )
     tars = [] if theirs is not None else _tars(place)
     store = Store.create(to)
@@ -47,6 +46,15 @@ def import_dataset(source: str, to: str, *, merge: bool = False) -> dict[str, An
     if theirs is not None:
         return {"source": source, "form": "store", **stores.take(theirs, store)}
     return {"source": source, "form": "webdataset", **_take_tars(place, tars, store)}
+
+
+def _check_apart(source: Directory, target: Directory) -> None:
+    """Raise StoreError where one lies in the other: what is imported would become part of what it is imported from."""
+    if source.contains(target) and target.contains(source):
+        raise StoreError(f"{source.url} is the store itself: name another one to import from")
+    for outer, inner in ((source, target), (target, source)):
+        if outer.contains(inner):
+            raise StoreError(f"{inner.url} lies in {outer.url}: choose a source and a store that are apart")
 
 
 def _take_tars(place: Directory, tars: Sequence[tuple[str, int]], store: Store) -> dict[str, Any]:
@@ -62,13 +70,15 @@ def _take_tars(place: Directory, tars: Sequence[tuple[str, int]], store: Store) 
 
 
 def _tars(place: Directory) -> list[tuple[str, int]]:
-    """Path and number of trajectories of each tar, out of the manifest."""
+    """Path and number of trajectories of each tar, out of the manifest. Raises StoreError where it does not tell them."""
     manifest = read_object(place, MANIFEST)
     form, version = manifest.get("form"), str(manifest.get("version"))
     if manifest.get("format") != FORMAT or version.partition(".")[0] != VERSION.partition(".")[0]:
         raise StoreError(
             f"{place.url}/{MANIFEST} is of no format that this software knows: {manifest.get('format')!r} {version}"
         )
+    if UNFINISHED in manifest:
+        raise StoreError(f"{place.url} is an export that was cut short: run the same `opgrpo export` again, which finishes it")
     if form != "webdataset":
         raise StoreError(
             f"{place.url} is an export as {form}: pictures without latents cannot become trajectories. Export the store that "

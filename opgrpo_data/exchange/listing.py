@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opgrpo_data.catalog import Catalog
+from opgrpo_data.exchange.selection import IS_DROPPED
 from opgrpo_data.store import Store
 
 # A run may be known by its document alone (nothing drawn yet), or by trajectories alone (imported).
@@ -17,7 +18,7 @@ WITH drawn AS (
     FROM (
         SELECT run_id, latents_length, media_length,
             trajectory_id IN (SELECT trajectory_id FROM quarantine) AS quarantined,
-            regexp_replace(latents_file, '([.][^.]*){3}$', '.parquet') IN (SELECT index_file FROM dropped) AS dropped
+            {dropped} AS dropped
         FROM trajectories
     )
     GROUP BY 1
@@ -31,9 +32,9 @@ scored AS (
     GROUP BY 1
 ),
 trained AS (SELECT run_id, count(DISTINCT iteration) AS iterations FROM updates GROUP BY 1),
-kept AS (SELECT run_id, count(*) FILTER (WHERE has_weights) AS policies FROM policies GROUP BY 1)
+kept AS (SELECT run_id, count(*) FILTER (WHERE has_weights) AS kept_policies FROM policies GROUP BY 1)
 SELECT run_id, runs.created_at, coalesce(iterations, 0) AS iterations, coalesce(trajectories, 0) AS trajectories,
-    coalesce(gigabytes, 0) AS gigabytes, coalesce(rewards, '') AS rewards, coalesce(policies, 0) AS policies,
+    coalesce(gigabytes, 0) AS gigabytes, coalesce(rewards, '') AS rewards, coalesce(kept_policies, 0) AS kept_policies,
     coalesce(quarantined, 0) AS quarantined, coalesce(dropped, 0) AS dropped
 FROM runs FULL JOIN drawn USING (run_id) LEFT JOIN scored USING (run_id) LEFT JOIN trained USING (run_id)
     LEFT JOIN kept USING (run_id)
@@ -42,9 +43,13 @@ ORDER BY runs.created_at, run_id
 
 
 def listing(store: Store) -> list[dict[str, Any]]:
-    """A row for each run, the oldest first: run_id, created_at (None where only its trajectories are known), iterations that
-    are trained, trajectories, gigabytes of their latents and media, rewards (each with how many trajectories it has a value
-    for), policies whose weights are kept, trajectories in quarantine, those whose bytes were dropped, and whether it is pinned.
+    """A row for each run, the oldest first.
+
+    run_id. created_at: None where only its trajectories are known. iterations: those that are trained. trajectories.
+    gigabytes: of latents and media. rewards: each with how many trajectories it has a value for. kept_policies: those whose
+    weights the store has. quarantined, dropped: trajectories. pinned: whether `opgrpo gc` leaves it whole.
     """
     pins = store.pins()
-    return [row | {"pinned": row["run_id"] in pins} for row in Catalog(store).query(_RUNS).to_pylist()]
+    return [
+        row | {"pinned": row["run_id"] in pins} for row in Catalog(store).query(_RUNS.format(dropped=IS_DROPPED)).to_pylist()
+    ]

@@ -11,6 +11,7 @@ import duckdb
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.exchange.left_out import LeftOut
+from opgrpo_data.exchange.reward_keys import find_reward, rewards_known
 from opgrpo_data.locations import LatentLocation
 from opgrpo_data.reading import read_latents, read_media
 from opgrpo_data.store import Store
@@ -20,27 +21,19 @@ PAGE_ROWS = 20_000
 
 Row = Mapping[str, Any]
 
+IS_DROPPED = "regexp_replace(latents_file, '([.][^.]*){3}$', '.parquet') IN (SELECT index_file FROM dropped)"
+"""SQL of a row of `trajectories`: whether `opgrpo gc` removed its bytes. What `opgrpo_data.store.index_of` is in Python."""
+
 # What `where` is asked of.
 _TRAJECTORIES = """
 SELECT t.*, p.text, p.metadata, p.split,{value}
     t.trajectory_id IN (SELECT trajectory_id FROM quarantine) AS quarantined,
-    regexp_replace(t.latents_file, '([.][^.]*){{3}}$', '.parquet') IN (SELECT index_file FROM dropped) AS dropped
+    {dropped} AS dropped
 FROM trajectories t LEFT JOIN prompts p USING (prompt_id){join}
 """
 _JOIN = """ LEFT JOIN (
     SELECT trajectory_id, max(value) AS value FROM rewards WHERE reward = {name} AND version = {version} GROUP BY 1
 ) r USING (trajectory_id)"""
-
-
-@dataclass(frozen=True)
-class RewardKey:
-    """One reward in one version."""
-
-    name: str
-    version: str
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,8 @@ class Selection:
         if where is not None:
             _check_condition(where)
         self.catalog = Catalog(store)
-        self.reward = _reward(self.catalog, reward, needed=needs_reward)
+        may_lack = reward is None and not needs_reward and len(rewards_known(self.catalog)) != 1
+        self.reward = None if may_lack else find_reward(self.catalog, reward)
         self._matching = f"SELECT * FROM ({self._trajectories()}) WHERE (\n{where or 'true'}\n)"  # noqa: S608 the catalog only reads
         self.pages = self._pages()
         if not self.pages:
@@ -83,9 +77,9 @@ class Selection:
 
     def _trajectories(self) -> str:
         if self.reward is None:
-            return _TRAJECTORIES.format(value="", join="")
+            return _TRAJECTORIES.format(dropped=IS_DROPPED, value="", join="")
         join = _JOIN.format(name=quoted(self.reward.name), version=quoted(self.reward.version))
-        return _TRAJECTORIES.format(value=" r.value,", join=join)
+        return _TRAJECTORIES.format(dropped=IS_DROPPED, value=" r.value,", join=join)
 
     def _condition(self) -> str:
         return "" if self.where is None else f" for which {self.where}"
@@ -100,7 +94,7 @@ class Selection:
         except StoreError as error:
             if self.where is None:
                 raise
-            known = rewards_known(self.catalog)
+            known = ", ".join(map(str, rewards_known(self.catalog)))
             several = f"; the column value needs a reward, name one of {known}" if self.reward is None and known else ""
             raise StoreError(f"the condition {self.where!r} cannot be asked: {error}{several}") from error
         pages: list[Page] = []
@@ -194,31 +188,3 @@ def _check_condition(where: str) -> None:
 def quoted(text: str) -> str:
     """A text as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"
-
-
-def rewards_known(catalog: Catalog) -> str:
-    """The rewards of a store as a user names them."""
-    return ", ".join(str(RewardKey(row["reward"], row["version"])) for row in _scored(catalog))
-
-
-def _scored(catalog: Catalog) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = catalog.query("SELECT DISTINCT reward, version FROM rewards ORDER BY ALL").to_pylist()
-    return rows
-
-
-def _reward(catalog: Catalog, wanted: str | None, *, needed: bool) -> RewardKey | None:
-    """The reward that `value` means."""
-    name, _, version = (wanted or "").partition("@")
-    keys = [RewardKey(row["reward"], row["version"]) for row in _scored(catalog)]
-    fitting = [key for key in keys if wanted is None or (key.name == name and version in ("", key.version))]
-    if len(fitting) == 1:
-        return fitting[0]
-    known = ", ".join(map(str, keys)) or "none: run `opgrpo score` first"
-    if wanted is None:
-        if not needed:
-            return None
-        raise StoreError(f"--reward is needed to say which value counts; the store has {known}")
-    if not fitting:
-        raise StoreError(f"the store has no values of reward {wanted!r}; it has {known}")
-    versions = ", ".join(map(str, fitting))
-    raise StoreError(f"reward {name!r} has values in several versions: give --reward as one of {versions}")

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from opgrpo_data.catalog import Catalog
+from opgrpo_data.checks import check_reward, check_row, checked_path
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.exchange import receive
-from opgrpo_data.exchange.checks import check_reward, check_row, checked_path
 from opgrpo_data.exchange.left_out import LeftOut
 from opgrpo_data.exchange.receive import Held
 from opgrpo_data.locations import LatentLocation
 from opgrpo_data.reading import read_latents, read_media
-from opgrpo_data.schema import DROPPED, TRAJECTORIES, table_of
+from opgrpo_data.schema import DROPPED, QUARANTINE, TRAJECTORIES, table_of
 from opgrpo_data.shards import Record, write_shard
 from opgrpo_data.store import Store, require_current
 
@@ -104,12 +105,14 @@ class ShardImport:
         nothing is left: a run that goes on in the store must not draw the shard again."""
         folder, _, name = index.rpartition("/")
         shard = name.removesuffix(".parquet")
-        if self.store.directory.exists(index):
-            if not wanted:
-                return {}
-            shard = receive.shard_name([row["trajectory_id"] for row in wanted], shard)
         taken: list[str] = []
-        if not write_shard(self.store.directory, folder, shard, self._records(folder, wanted, notes, taken)):
+        records = self._records(folder, wanted, notes, taken)
+        if self.store.directory.exists(index):
+            shard = receive.shard_name([row["trajectory_id"] for row in wanted], shard)
+            if (first := next(records, None)) is None:
+                return {}
+            records = chain([first], records)
+        if not write_shard(self.store.directory, folder, shard, records):
             return {}  # it is there from an earlier import that found the same bytes damaged, or a second one is under way
         self.counts["trajectories"] += len(taken)
         return dict.fromkeys(taken, f"{folder}/{shard}.parquet")
@@ -137,7 +140,9 @@ class ShardImport:
         """Whether it is in quarantine, here or there; there: from now on also here."""
         if name in self._quarantined["source"] - self._quarantined["store"]:
             path = f"quarantine/{name}.parquet"
-            self.store.publish_table(path, self.source.read_tables("quarantine", [path]))
+            check = partial(_check_quarantine, name=name)
+            if (rows := read_rows(self.source, "quarantine", path, check, self.left_out)) is not None:
+                self.store.publish_table(path, table_of(rows, QUARANTINE))
         elif name not in self._quarantined["store"]:
             return False
         self.left_out.add("quarantined")
@@ -177,6 +182,12 @@ def _check_rewards(rows: list[Row], reward: str) -> None:
         check_reward(row)
         if row["reward"] != reward:
             raise ValueError(f"it holds values of reward {row['reward']!r}")
+
+
+def _check_quarantine(rows: list[Row], name: str) -> None:
+    """That a table of the quarantine speaks of this trajectory and no other."""
+    if [row["trajectory_id"] for row in rows] != [name]:
+        raise ValueError(f"it should say that {name} is damaged, and nothing else")
 
 
 def _check_dropped(rows: list[Row], index: str) -> None:

@@ -6,30 +6,35 @@ store that is right, and the same command goes on where it stopped.
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
 
 from opgrpo_data.catalog import Catalog
+from opgrpo_data.checks import check_prompts, checked_path, read_object
+from opgrpo_data.documents import document_problem
 from opgrpo_data.exchange import receive
-from opgrpo_data.exchange.checks import check_prompts, checked_path, read_object
 from opgrpo_data.exchange.left_out import LeftOut
 from opgrpo_data.exchange.store_shards import ShardImport, conflicts
-from opgrpo_data.schema import LOCATION, POLICIES, RUNS, table_of
+from opgrpo_data.io import Directory
+from opgrpo_data.schema import LOCATION, table_of
 from opgrpo_data.seal import sealed_json
 from opgrpo_data.store import TABLES, Store
 from opgrpo_data.tensors import check_bytes, read_header
 
-COPIED_BYTES = 16 * 2**20
 MAX_PICTURE_BYTES = 2**26
 RELOCATED_ROWS = 20_000
 
 
 def take(source: Store, store: Store) -> dict[str, Any]:
-    """Import all of another store. Raises StoreError, and imports nothing, when an id has other bytes in the two."""
+    """Import all of another store; returns what was done, and what was left out.
+
+    Raises StoreError when an id has other bytes in the two, or when `source` has dropped shards and `store` an older format;
+    of the trajectories none is imported then.
+    """
     receive.refuse(conflicts(source, store), store, source.directory.url, "Nothing was imported")
     counts: Counter[str] = Counter(dict.fromkeys(("trajectories", "already_there", "rewards", "files"), 0))
     left_out = LeftOut()
@@ -59,6 +64,7 @@ class _Rest:
         self.store = store
         self.counts = counts
         self.left_out = left_out
+        self._witness = _Witness(source.directory.url)
 
     def _missing(self, pattern: str) -> Iterator[str]:
         """Paths that the source has and the store lacks."""
@@ -115,27 +121,25 @@ class _Rest:
         """Copy safetensors files whose bytes are what their checksums say."""
         for path in self._missing(pattern):
             try:
-                check_bytes(self.source.directory, path, read_header(self.source.directory, path))
+                check_bytes(self._witness, path, read_header(self._witness, path))
+                with self.store.directory.write_atomic(path) as file:
+                    for data in self._witness.again(path):
+                        file.write(data)
             except ValueError as error:
                 self._leave("tensors", path, error)
                 continue
-            self._copy(path)
+            self.counts["files"] += 1
 
     def pictures(self, pattern: str) -> None:
         """Copy pictures for people."""
         for path in self._missing(pattern):
-            if len(self.source.directory.read_range(path, 0, MAX_PICTURE_BYTES + 1)) > MAX_PICTURE_BYTES:
+            data = self.source.directory.read_range(path, 0, MAX_PICTURE_BYTES + 1)
+            if len(data) > MAX_PICTURE_BYTES:
                 self._leave("pictures", path, ValueError(f"more than {MAX_PICTURE_BYTES} bytes"))
-            else:
-                self._copy(path)
-
-    def _copy(self, path: str) -> None:
-        with self.store.directory.write_atomic(path) as file:
-            position = 0
-            while data := self.source.directory.read_range(path, position, COPIED_BYTES):
+                continue
+            with self.store.directory.write_atomic(path) as file:
                 file.write(data)
-                position += len(data)
-        self.counts["files"] += 1
+            self.counts["files"] += 1
 
     def documents(self, pattern: str) -> None:
         """Copy JSON documents of policies, runs or pins."""
@@ -143,25 +147,35 @@ class _Rest:
             kind = path.split("/")[0]
             try:
                 document = read_object(self.source.directory, path)
-                _check_document(kind, path, document)
-            except (ValueError, TypeError, LookupError, OverflowError, pa.ArrowException) as error:
+                if problem := document_problem(path, document):
+                    raise ValueError(problem)
+            except ValueError as error:
                 self._leave(kind, path, error)
                 continue
             self.counts["files"] += self.store.directory.publish(path, sealed_json(document, indent=1))
 
 
-def _check_document(kind: str, path: str, document: dict[str, Any]) -> None:
-    """That a document is of whom its name says, and that SQL can show it: one bad document would close all views."""
-    key = "policy_id" if kind == "policies" else "run_id"
-    if document[key] != path.removeprefix(f"{kind}/").removesuffix(".json").removesuffix("/policy"):
-        raise ValueError(f"it is of {document[key]!r}")
-    created_at = datetime.fromisoformat(document["pinned_at" if kind == "pins" else "created_at"])
-    if kind == "policies":
-        row = {name: document.get(name) for name in POLICIES.names if name != "has_weights"}
-        table_of([row | {"created_at": created_at}], POLICIES)
-    elif kind == "runs":
-        config = document["config"]
-        row = {"run_id": document["run_id"], "name": config["name"], "seed": config["seed"], "created_at": created_at}
-        if not isinstance(document["command"], list) or not isinstance(document["software"], dict):
-            raise ValueError("it does not say by which command and software the run was made")
-        table_of([row], RUNS)
+class _Witness(Directory):
+    """A directory that remembers what it gave of a file: what was checked can be read again, and be known for the same."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._given: defaultdict[str, dict[tuple[int, int], bytes]] = defaultdict(dict)
+
+    def read_range(self, relative: str, offset: int, length: int) -> bytes:
+        """See Directory."""
+        data = super().read_range(relative, offset, length)
+        self._given[relative][offset, length] = _digest(data)
+        return data
+
+    def again(self, path: str) -> Iterator[bytes]:
+        """What was given of a file, in the order of the file. Raises ValueError where the file is another by now."""
+        for (offset, length), digest in sorted(self._given.pop(path).items()):
+            data = super().read_range(path, offset, length)
+            if _digest(data) != digest:
+                raise ValueError("it changed while it was copied")
+            yield data
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).digest()

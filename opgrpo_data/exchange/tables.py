@@ -16,8 +16,9 @@ from opgrpo_data.errors import StoreError
 from opgrpo_data.exchange.card import Column, card
 from opgrpo_data.exchange.left_out import LeftOut
 from opgrpo_data.exchange.plain import plain
-from opgrpo_data.exchange.selection import RewardKey, Selection
-from opgrpo_data.io import Directory
+from opgrpo_data.exchange.reward_keys import RewardKey
+from opgrpo_data.exchange.selection import Selection
+from opgrpo_data.exchange.target import CARD, Target
 from opgrpo_data.schema import TRAJECTORIES
 
 FILE_BYTES = 400 * 2**20
@@ -67,8 +68,11 @@ class _Form:
     size: int
 
 
-def write_pictures(selection: Selection, target: Directory, left_out: LeftOut) -> list[dict[str, Any]]:
-    """One row a trajectory: its picture or video, prompt, rewards and where it comes from. Without latents."""
+def write_pictures(selection: Selection, target: Target, left_out: LeftOut) -> list[dict[str, Any]]:
+    """One row a trajectory: its picture or video, prompt, rewards and where it comes from. Without latents.
+
+    Raises StoreError where there are pictures and videos, as the others do.
+    """
     media = _media_column(selection)
 
     def rows(left_out: LeftOut) -> Rows:
@@ -84,7 +88,7 @@ def write_pictures(selection: Selection, target: Directory, left_out: LeftOut) -
     return _write(selection, target, left_out, _Form("huggingface", columns, rows, units, size))
 
 
-def write_sft(selection: Selection, target: Directory, left_out: LeftOut) -> list[dict[str, Any]]:
+def write_sft(selection: Selection, target: Target, left_out: LeftOut) -> list[dict[str, Any]]:
     """Pictures to be imitated: all that match the condition, or, where there is none, the best of each group."""
     media = _media_column(selection)
     best = selection.where is None
@@ -105,7 +109,7 @@ def write_sft(selection: Selection, target: Directory, left_out: LeftOut) -> lis
     return _write(selection, target, left_out, _Form("sft", columns, rows, units, size))
 
 
-def write_preferences(selection: Selection, target: Directory, left_out: LeftOut) -> list[dict[str, Any]]:
+def write_preferences(selection: Selection, target: Target, left_out: LeftOut) -> list[dict[str, Any]]:
     """One row a group: its best picture and its worst, by the reward; of equals the one with the lowest trajectory_id.
 
     Groups of one picture or of equal rewards are left out.
@@ -244,7 +248,7 @@ def _largest(selection: Selection) -> int:
     return sum(page.groups * page.largest for page in selection.pages)
 
 
-def _write(selection: Selection, target: Directory, left_out: LeftOut, form: _Form) -> list[dict[str, Any]]:
+def _write(selection: Selection, target: Target, left_out: LeftOut, form: _Form) -> list[dict[str, Any]]:
     """data/train-*.parquet, each with its share of the units, and README.md."""
     fields = [pa.field(column.name, column.type) for column in form.columns]
     features = {"info": {"features": {column.name: column.feature for column in form.columns}}}
@@ -260,8 +264,8 @@ def _write(selection: Selection, target: Directory, left_out: LeftOut, form: _Fo
         files.append({"path": path, "rows": written})
         total += size
     text = card(selection, form.name, form.columns, sum(file["rows"] for file in files), total, left_out)
-    if not target.publish("README.md", text.encode()):
-        raise StoreError(f"{target.url} has a README.md already: another export writes there")
+    with target.write_atomic(CARD) as file:
+        file.write(text.encode())
     return files
 
 

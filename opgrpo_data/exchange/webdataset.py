@@ -24,11 +24,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from opgrpo_data.checks import MEDIA_FORMATS, check_prompts, check_reward, check_row, parsed_object
 from opgrpo_data.checksum import crc32
-from opgrpo_data.exchange.checks import MEDIA_FORMATS, check_prompts, check_reward, check_row, parsed_object
 from opgrpo_data.exchange.left_out import LeftOut
 from opgrpo_data.exchange.plain import plain, typed_row
 from opgrpo_data.exchange.selection import Selection
+from opgrpo_data.exchange.target import Target
 from opgrpo_data.ids import canonical_json
 from opgrpo_data.io import Directory
 from opgrpo_data.locations import NUMPY_DTYPES
@@ -57,7 +58,7 @@ class Sample:
     rewards: list[dict[str, Any]]
 
 
-def write(selection: Selection, target: Directory, left_out: LeftOut) -> list[dict[str, Any]]:
+def write(selection: Selection, target: Target, left_out: LeftOut) -> list[dict[str, Any]]:
     """Write the selected trajectories as tars of about TAR_BYTES."""
     # Imported here because webdataset imports torch, which nobody else who exports must pay for.
     from webdataset.writer import TarWriter

@@ -24,6 +24,7 @@ from opgrpo_data.places.scatter import read_scattered
 
 BUFFER_BYTES = 256 * 1024
 DRAIN_BYTES = 8 * 1024 * 1024
+NO_FILE = "not a regular file"
 
 # Only Linux has it. Alone of its flags, WRITE leaves an error of the disk for fsync to report.
 SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
@@ -42,14 +43,15 @@ class LocalFiles:
         return glob.glob(pattern, root_dir=root)  # noqa: PTH207 names relative to the root
 
     def entries(self, root: str, folder: str) -> list[Entry]:
-        """See Files. A file that vanishes meanwhile is left out. Folders may be links to other disks, each is walked once."""
+        """See Files. What vanishes meanwhile, and a link to nowhere, is left out. Folders may be links to other disks, each is
+        walked once."""
         found, walked = [], set()
         for directory, folders, names in os.walk(Path(root, folder), followlinks=True):
             walked.add(Path(directory).resolve())
             folders[:] = [name for name in folders if Path(directory, name).resolve() not in walked]
             for name in names:
                 path = Path(directory, name)
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError), _no_file(path):
                     status = path.stat()
                     modified = datetime.fromtimestamp(status.st_mtime, UTC)
                     found.append(Entry(path.relative_to(root).as_posix(), status.st_size, modified))
@@ -101,13 +103,25 @@ class LocalFiles:
 
 
 @contextmanager
+def _no_file(path: str | Path) -> Iterator[None]:
+    """Where there is something, but no file, it is as if there were nothing: a link to itself, a socket."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise FileNotFoundError(errno.ENOENT, NO_FILE, str(path)) from error
+
+
+@contextmanager
 def _opened(path: str) -> Iterator[tuple[int, int]]:
-    """A file to read, and its bytes. A pipe or a device, for which one would wait, is none."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    """A file to read, and its bytes. A folder is none, nor a pipe or a device, for which one would wait."""
+    with _no_file(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
+            raise FileNotFoundError(errno.ENOENT, NO_FILE, path)
         yield descriptor, status.st_size
     finally:
         os.close(descriptor)

@@ -16,7 +16,7 @@ import duckdb
 import polars as pl
 import pyarrow as pa
 
-from opgrpo_data.exchange.checks import check_prompts
+from opgrpo_data.checks import check_prompts
 from opgrpo_data.store import REMADE, TABLES, prompts_path
 
 RESTORE = "restore it from a copy"

@@ -7,6 +7,8 @@ old or the new generation is in force. Of two at once, whose JSON comes first wi
 from __future__ import annotations
 
 import secrets
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, cast
 
@@ -14,8 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opgrpo_data.checksum import crc32
-from opgrpo_data.generations import COMPACTED, documents, in_force, number_of, read_footer
-from opgrpo_data.pieces import MANY_FILES, read_pieces
+from opgrpo_data.generations import (
+    COMPACTED,
+    Generation,
+    check_bytes,
+    documents,
+    in_force,
+    number_of,
+    read_footer,
+    read_generation,
+    warn,
+)
+from opgrpo_data.pieces import MANY_FILES, Piece, read_files, read_pieces
 from opgrpo_data.seal import sealed_json
 from opgrpo_data.store import TABLES, Store, now, require_current
 
@@ -38,7 +50,7 @@ class Compacted:
 
 
 def compact(store: Store, *, dry_run: bool = False) -> dict[str, Any]:
-    """Merge the index files of every kind that has MANY_FILES or more outside its newest generation.
+    """Merge the index files of every kind that has MANY_FILES or more outside its newest generation, or a damaged generation.
 
     Returns compacted: what was done per kind (fields of Compacted); nothing_to_do: the other kinds, with the reason;
     damaged: index files that could not be merged and stay as they are; dry_run. Raises StoreError in a store of an older
@@ -53,7 +65,8 @@ def compact(store: Store, *, dry_run: bool = False) -> dict[str, Any]:
         held = generation.files if generation else {}
         new = len(files) - len(held)
         newest = max(map(number_of, documents(store, kind)), default=0)
-        sound = newest == (generation.number if generation else 0)
+        whole = generation is None or _is_whole(store, generation)
+        sound = whole and newest == (generation.number if generation else 0)
         if not files or (new < MANY_FILES and sound):
             idle += [f"{kind}: {new} index files outside a generation, {MANY_FILES} make one worth while"] if files else []
             continue
@@ -61,7 +74,7 @@ def compact(store: Store, *, dry_run: bool = False) -> dict[str, Any]:
         if dry_run:
             done.append(Compacted(kind, path, len(files), new, None, committed=False))
         else:
-            done.append(_compact(store, kind, path, new, damaged))
+            done.append(_compact(store, kind, path, new, _rows(store, kind, whole, damaged)))
     return {
         "compacted": [asdict(each) for each in done],
         "nothing_to_do": idle,
@@ -73,33 +86,60 @@ def compact(store: Store, *, dry_run: bool = False) -> dict[str, Any]:
 def superseded_generations(store: Store) -> list[str]:
     """Files below catalog/ that no reader needs: generations older than the one in force, and what killed compactions left.
 
-    In the order in which to remove them: a JSON before its Parquet file. Whoever removes them must leave young files alone:
-    a compaction under way has written its Parquet file and not yet its JSON, and a reader may still be in an older one.
+    An older one stays while it holds an index file that the one in force does not, or does not say what it holds: where that
+    index file is gone or damaged, it may have the last copy of the rows. In the order in which to remove them: a JSON before
+    its Parquet file. Whoever removes them must leave young files alone: a compaction under way has written its Parquet file
+    and not yet its JSON, and a reader may still be in an older one.
     """
     found = []
     for kind in COMPACTED:
         parquets = store.directory.list(f"catalog/{kind}/gen-*.parquet")  # before the JSON files, which come after them
         published = documents(store, kind)
         generation, _ = in_force(store, kind)
-        current = generation.number if generation else 0
-        keep = {generation.parquet} if generation else set()
-        damaged = {number_of(path) for path in published if number_of(path) > current}
-        found += [path for path in published if number_of(path) < current]
-        found += [path for path in parquets if path not in keep and number_of(path) not in {0} | damaged]
+        superseded = [path for path in published if generation and _replaces(store, generation, path)]
+        current, keep = ({generation.number}, {generation.parquet}) if generation else (set(), set())
+        stay = {0} | {number_of(path) for path in published if path not in superseded} - current
+        found += superseded
+        found += [path for path in parquets if path not in keep and number_of(path) not in stay]
     return found
 
 
-def _compact(store: Store, kind: str, path: str, new: int, damaged: list[str]) -> Compacted:
+def _replaces(store: Store, generation: Generation, path: str) -> bool:
+    """Whether a generation holds all that the older one at `path` holds."""
+    try:
+        older = number_of(path) < generation.number
+        return older and read_generation(store.directory, path).files.keys() <= generation.files.keys()
+    except (ValueError, OSError):
+        return False
+
+
+def _is_whole(store: Store, generation: Generation) -> bool:
+    try:
+        check_bytes(store.directory, generation)
+    except (ValueError, FileNotFoundError) as error:
+        warn(generation.path, error)
+        return False
+    return True
+
+
+def _rows(store: Store, kind: str, whole: bool, damaged: list[str]) -> Iterator[Piece]:
+    """What a new generation is to hold. whole: the one in force is, so that rows may come from it."""
+    if whole:
+        return read_pieces(store, kind, damaged=damaged.append)
+    return read_files(store, kind, dict.fromkeys(store.files(kind), 0), TABLES[kind].schema, damaged.append)
+
+
+def _compact(store: Store, kind: str, path: str, new: int, pieces: Iterable[Piece]) -> Compacted:
     """Write the generation `path` of a kind."""
     parquet = f"{path.removesuffix('.json')}.{secrets.token_hex(4)}.parquet"
-    files: dict[str, int] = {}
+    files: Counter[str] = Counter()
     with store.directory.write_atomic(parquet) as raw:
         sink = _Checksummed(raw)
         with _Merged(sink, TABLES[kind].schema) as merged:
-            for segments, table in read_pieces(store, kind, damaged=damaged.append):
+            for segments, table in pieces:
                 merged.add(table)
                 for file, count in segments:
-                    files[file] = files.get(file, 0) + count
+                    files[file] += count
     footer = read_footer(store.directory, parquet, sink.size)
     document = {
         "kind": kind,

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from opgrpo_data.errors import StoreError
+from opgrpo_data.generations import documents, read_generation
 from opgrpo_data.places.files import TEMPORARY_PREFIX, Entry
 from opgrpo_data.schema import DROPPED, table_of
-from opgrpo_data.seal import read_json
 from opgrpo_data.store import TABLES, Store, index_of, now, require_current
 from opgrpo_data.upkeep.compaction import superseded_generations
 from opgrpo_data.upkeep.marks import mark
@@ -103,26 +103,32 @@ def _leftovers(old: Sequence[Entry], sizes: dict[str, int], named: set[str]) -> 
 def _refuse_lost_indexes(store: Store, lost: set[str]) -> None:
     """Raise StoreError where tars that no index names belong to a shard that rewards, buffers, plans or a generation of the
     catalog still speak of: its index was lost, and until it is restored these tars are all that there is of it."""
-    if not lost:
-        return
-    speaking = [path for kind in ("buffers", "plans") for path in store.files(kind)]
-    for path in speaking:
-        for file in store.read_tables(path.partition("/")[0], [path])["latents_file"].unique().to_pylist():
-            _refuse_lost(index_of(file), lost, path)
+    for index, path in _spoken_of(store) if lost else ():
+        if index in lost:
+            raise StoreError(
+                f"{index} is gone, but {path} still speaks of its shard: nothing was removed. Restore the index from a copy, "
+                f"or remove what speaks of it"
+            )
+
+
+def _spoken_of(store: Store) -> Iterator[tuple[str, str]]:
+    """Index files of shards, whether they are there or not, and what speaks of them."""
+    for kind in ("buffers", "plans"):
+        for path in store.files(kind):
+            files = store.read_tables(kind, [path])["latents_file"].unique().to_pylist()
+            yield from ((index_of(file), path) for file in files)
     for path in store.files("rewards"):
         shard = path.partition("/")[2].partition("/")[2].partition(".v")[0]
-        _refuse_lost(f"trajectories/{shard}.parquet", lost, path)
-    for path in store.directory.list("catalog/trajectories/*.json"):
-        for file in read_json(store.directory.read(path)).get("files", {}):
-            _refuse_lost(file, lost, path)
-
-
-def _refuse_lost(index: str, lost: set[str], path: str) -> None:
-    if index in lost:
-        raise StoreError(
-            f"{index} is gone, but {path} still speaks of its shard: nothing was removed. Restore the index from a copy, or "
-            f"remove what speaks of it"
-        )
+        yield f"trajectories/{shard}.parquet", path
+    for path in documents(store, "trajectories"):
+        try:
+            files = read_generation(store.directory, path).files
+        except (ValueError, FileNotFoundError) as error:
+            raise StoreError(
+                f"{path} {error}: it may speak of shards whose index is gone, and nothing was removed. Restore it from a copy, "
+                f"or remove it"
+            ) from error
+        yield from ((file, path) for file in files)
 
 
 def _superseded(store: Store, old: Sequence[Entry]) -> Iterator[Item]:

@@ -70,10 +70,9 @@ def migrate(url: str, *, dry_run: bool = False) -> dict[str, Any]:
 def _unsealed(store: Store) -> dict[str, str]:
     """crc32 of every table and document that has no seal."""
     documents = [path for pattern in ("policies/*/policy.json", "runs/*.json") for path in store.directory.list(pattern)]
-    contents = ((path, store.directory.read(path)) for kind in TABLES for path in store.files(kind))
-    found = {path: data for path, data in contents if not check_seal(data)}
-    found |= {path: data for path in documents if not check_seal(data := store.directory.read(path))}
-    return {path: f"{crc32(data):08x}" for path, data in found.items()}
+    tables = [path for kind in TABLES for path in store.files(kind)]
+    contents = ((path, store.read(path)) for path in (*tables, *documents))
+    return {path: f"{crc32(data):08x}" for path, data in contents if not check_seal(data)}
 
 
 def _number(version: str) -> tuple[int, ...]:

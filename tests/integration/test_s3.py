@@ -30,7 +30,7 @@ def test_a_run_on_a_bucket_ends_at_the_same_policy(finished: tuple[Path, dict[st
 def test_a_password_on_the_command_line_reaches_no_store(config: Path, tmp_path: Path) -> None:
     url = f"s3://KEY:{PASSWORD}@bucket/store"
     store = tmp_path / "store"
-    for words in (["--store", url], ["--store", str(store), "--import-buffer", url]):
+    for words in (["--store", url], ["--store", url, "--dry-run"], ["--store", str(store), "--import-buffer", url]):
         done = opgrpo("init", config, *words, check=False)
         assert done.returncode in (1, 2)
         assert "holds a password, and URLs are kept: leave it out" in done.stderr

@@ -426,6 +426,20 @@ def test_a_damaged_index_of_an_object_store_is_named(tmp_path: Path) -> None:
         found.query("SELECT * FROM trajectories")
 
 
+@pytest.mark.parametrize(
+    ("names", "distinct"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (["a", "a", "a"], ["a", "a_1", "a_2"]),
+        (["a", "a", "a_1"], ["a", "a_2", "a_1"]),
+        (["a", "a_1", "a", "a_1", "a"], ["a", "a_1", "a_2", "a_1_1", "a_3"]),
+    ],
+)
+def test_no_column_takes_the_name_of_another(names: list[str], distinct: list[str], catalog: Catalog) -> None:
+    columns = ", ".join(f"{i} AS {name}" for i, name in enumerate(names))
+    assert rows(catalog, f"SELECT {columns}") == [{name: i for i, name in enumerate(distinct)}]
+
+
 # -- allow_external ------------------------------------------------------------------------------------------------------
 
 

@@ -203,6 +203,31 @@ def test_reading_what_is_not_there(directory: Directory) -> None:
     assert not directory.exists("absent")
 
 
+@pytest.mark.parametrize("url", ["", "  "])
+def test_an_empty_place_is_none(url: str) -> None:
+    with pytest.raises(
+        StoreError, match=rf"^the place '{url}' is empty: name a directory or a bucket prefix, for example s3://"
+    ):
+        Directory(url)
+
+
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_what_lies_in_a_place(scheme: str, tmp_path: Path) -> None:
+    place = Directory(f"{scheme}{tmp_path}/a")
+    assert all(place.contains(Directory(f"{scheme}{tmp_path}/{name}")) for name in ("a", "a/", "a/b", "a/b/c"))
+    assert not any(place.contains(Directory(f"{scheme}{tmp_path}/{name}")) for name in ("", "b", "ab", "b/a"))
+    other = "memory:/" if scheme == "" else ""
+    assert not place.contains(Directory(f"{other}{tmp_path}/a/b"))
+
+
+def test_a_bucket_by_another_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert Directory("s3://bucket/a").contains(Directory("s3a://bucket/a/b"))
+    assert Directory("s3://bucket").contains(Directory("s3://bucket/a/"))
+    assert not Directory("s3://bucket/a").contains(Directory("memory://bucket/a"))
+
+
 def test_remove_tree(directory: Directory) -> None:
     directory.publish("a/b/1", b"")
     directory.publish("c", b"")

@@ -166,6 +166,29 @@ def test_prune_keeps_the_newest_of_its_run(policy: PipelinePolicy, store: Store,
     learner.prune(store, "none")
 
 
+@pytest.mark.parametrize(
+    ("lost", "kept", "remedy"),
+    [
+        (3, [2], "remove the updates of iteration 2 and train that one again"),
+        (3, [1, 4], "begin a run of another name (`opgrpo init` with --set name=...)"),
+        (3, [], "begin a run of another name (`opgrpo init` with --set name=...)"),
+        (1, [], "remove the updates of iteration 0 and train that one again"),
+    ],
+)
+def test_only_an_iteration_whose_beginning_is_kept_can_be_trained_again(
+    lost: int, kept: list[int], remedy: str, policy: PipelinePolicy, store: Store
+) -> None:
+    learner = Learner(policy, TrainConfig())
+    _step(learner, 0)
+    for iteration in kept:
+        learner.save(store, "run", iteration)
+    with pytest.raises(StoreError) as caught:
+        learner.load(store, "run", lost, learner.policy_id)
+    assert str(caught.value) == (
+        f"run run keeps no training state of iteration {lost}; it keeps {kept}. Restore it from a copy, or {remedy}"
+    )
+
+
 def test_a_missing_state_and_a_damaged_one(policy: PipelinePolicy, store: Store) -> None:
     learner = Learner(policy, TrainConfig())
     with pytest.raises(StoreError, match=r"run run keeps no training state of iteration 3; it keeps \[\]"):

@@ -109,12 +109,18 @@ def test_all_that_fits_is_taken_in_the_groups_it_was_drawn_in(begin: Begin) -> N
 def test_it_is_fixed_when_the_run_begins(begin: Begin) -> None:
     """The run that drew the trajectories goes on; the offline run does not notice."""
     experiment = begin()
-    before = [frozen(experiment), [members(experiment, i).to_pylist() for i in range(4)]]
+    before = [
+        frozen(experiment),
+        [members(experiment.store, experiment.config, experiment.offline_selection, i).to_pylist() for i in range(4)],
+    ]
     other = Experiment.init(experiment.store.directory.url, small(name="later"), Progress(quiet=True))
     rollout(other, 0)
     score(other, 0)
     again = begin()
-    assert [frozen(again), [members(again, i).to_pylist() for i in range(4)]] == before
+    assert [
+        frozen(again),
+        [members(again.store, again.config, again.offline_selection, i).to_pylist() for i in range(4)],
+    ] == before
     assert len(frozen(begin(name="newer"))) == 32
 
 
@@ -271,7 +277,10 @@ def test_a_lap_visits_every_group_once(begin: Begin) -> None:
 
 def _groups(experiment: Experiment, iterations: Iterable[int]) -> list[list[str]]:
     """The groups of some iterations."""
-    return [members(experiment, iteration)["group_id"].unique().to_pylist() for iteration in iterations]
+    return [
+        members(experiment.store, experiment.config, experiment.offline_selection, iteration)["group_id"].unique().to_pylist()
+        for iteration in iterations
+    ]
 
 
 def test_the_plan_of_the_forward_objective_asks_for_no_density(begin: Begin) -> None:
@@ -325,7 +334,7 @@ def test_the_plan_waits_for_the_densities(begin: Begin) -> None:
 
 def test_a_damaged_member_leaves_its_group_and_its_baseline(begin: Begin) -> None:
     experiment = begin(**FORWARD)
-    mine = members(experiment, 0).to_pylist()
+    mine = members(experiment.store, experiment.config, experiment.offline_selection, 0).to_pylist()
     experiment.store.quarantine(mine[0]["trajectory_id"], CorruptionError("a.tar", "member", 1, 2))
     select(experiment, 0)
     plan = plan_of(experiment, 0)

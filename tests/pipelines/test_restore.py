@@ -147,6 +147,7 @@ def movable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_changed_base_model_is_refused(movable: Path, change: str) -> None:
     """Of an adapter: in its weights nothing shows what they are added to."""
     model, store = movable / "model", Store.open(str(movable / "store"))
+    [run_id] = [run["run_id"] for run in store.documents("runs/*.json")]
     shutil.copytree(model, movable / "whole")
     try:
         if change == "gone":
@@ -160,7 +161,7 @@ def test_a_changed_base_model_is_refused(movable: Path, change: str) -> None:
         for policy_id in _ids(store).values():
             told = {
                 "a weight": f"the model '{model}' is not the one that policy {policy_id} was made of: with this one it is ",
-                "the autoencoder": f"the files of '{model}' changed since the run began (",
+                "the autoencoder": f"the files of '{model}' changed since run {run_id} began (",
                 "gone": f"cannot load the StableDiffusion3Pipeline '{model}': ",
             }[change]
             with pytest.raises(ValueError, match=f"^{re.escape(told)}") as caught:

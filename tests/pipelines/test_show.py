@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import resource
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from opgrpo_data.store import Store
 from pipelines import media
 from pipelines.policies.base import POLICIES
 from pipelines.show import CELL, show, strip
+from tests.integration.harness import opgrpo
 from tests.opgrpo_data.factories import overwrite
 from tests.pipelines.helpers import flipped
 
@@ -138,6 +140,33 @@ def test_nothing_scored(tmp_path: Path) -> None:
         show(Store.create(str(tmp_path / "store")), "best")
 
 
+# -- for people ---------------------------------------------------------------------------------------------------------------
+
+LITERALS = re.compile(r"\bNone\b|\bTrue\b|\bFalse\b|[\[\]{}]|datetime")
+
+
+def test_a_trajectory_in_words(store: Store, finished: Finished) -> None:
+    """As people read it, not as Python writes it."""
+    name = rows(store, "FROM trajectories WHERE parent_id IS NULL ORDER BY trajectory_id")[0]["trajectory_id"]
+    said = opgrpo("store", "show", name, "--store", finished[0]).stdout
+    assert not LITERALS.search(said), said
+    assert {"parents: none", "quarantine: none", "dropped: no"} <= set(said.splitlines())
+    told = show(store, name)
+    assert f"latent_shape: {', '.join(map(str, told['latent_shape']))}" in said.splitlines()
+    [reward] = told["rewards"]
+    assert f"rewards: \n  reward {reward['reward']}, version {reward['version']}, value {reward['value']}, error none" in said
+
+
+def test_runs_in_words(forked: Store) -> None:
+    """Also one that is known by its trajectories alone."""
+    [path] = forked.directory.list("runs/*.json")
+    forked.directory.remove(path)
+    said = opgrpo("store", "ls", "--store", forked.directory.url).stdout
+    assert not LITERALS.search(said), said
+    assert "kept_policies" in said
+    assert re.search(r"│ false\s*│$", said, re.MULTILINE)  # not pinned
+
+
 # -- the strip --------------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +200,35 @@ def test_what_is_there_is_left_alone(store: Store, tmp_path: Path) -> None:
     assert (tmp_path / "strip.png").read_text() == "mine"
 
 
+@pytest.mark.parametrize("to", ["/proc/none/strip.png", "/proc/strip.png", "{}/file/strip.png", "{}/folder"])
+def test_a_picture_that_cannot_be_written(
+    to: str, store: Store, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before a model is loaded; and the command fails."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    place = Path(to.format(tmp_path))
+    monkeypatch.setattr(POLICIES, "known", {})
+    told = f"{place} is there already: choose another file" if place.exists() else f"cannot write {place}: "
+    with pytest.raises((ValueError, OSError), match=re.escape(told)):
+        show(store, "best", place)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+    failed = opgrpo("store", "show", "best", "--store", finished[0], "--to", place, check=False)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert told in failed.stderr
+
+
+def test_a_full_disk_leaves_no_half_of_a_picture(store: Store, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"^\[Errno 27\] cannot write {tmp_path}/strip.png: File too large$"):
+            show(store, "best", tmp_path / "strip.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
 def without_picture(store: Store, tmp_path: Path) -> str:
     """Why there is no strip; the rest is told all the same."""
     told = show(store, "best", tmp_path / "strip.png")
@@ -194,9 +252,9 @@ def test_damaged_latents(forked: Store, tmp_path: Path) -> None:
         ({"model": "/no/such/folder"}, "/no/such/folder"),
         (
             {"family": "os:system", "model": "touch evil"},
-            "^policy family 'os:system' is none of opgrpo's own: only those are run",
+            r"^the policy of run \S+ is built by 'os:system', Python code that is not opgrpo's: ",
         ),
-        ({"family": "unheard"}, "^policy family 'unheard' is none of opgrpo's own"),
+        ({"family": "unheard"}, r"^the policy of run \S+ is built by 'unheard', Python code that is not opgrpo's: "),
     ],
 )
 def test_a_model_that_cannot_be_loaded(policy: dict[str, str], told: str, forked: Store, tmp_path: Path) -> None:
@@ -213,7 +271,8 @@ def test_a_model_whose_files_changed(forked: Store, tmp_path: Path) -> None:
     [path] = forked.directory.list("runs/*.json")
     document = read_json(forked.directory.read(path)) | {"model_id": "another"}
     overwrite(forked.directory, path, sealed_json(document))
-    assert without_picture(forked, tmp_path).startswith("the files of 'embedded' changed since its run began (another, now ")
+    told = f"the files of 'embedded' changed since run {document['run_id']} began (another, now "
+    assert without_picture(forked, tmp_path).startswith(told)
 
 
 def test_a_run_that_is_not_known(forked: Store, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def planned(store: Store, run: str, iteration: int, snapshot: Any) -> Any:
         "optimizer_step": 0,
     }
     judged = {"run_id": run, "iteration": iteration, "trajectory_id": found[0]["trajectory_id"], "old_logprob": [-1.0]}
-    evaluated = {"run_id": run, "iteration": iteration, "reward": "taste", "value": 0.5}
+    evaluated = {"run_id": run, "iteration": iteration, "reward": "taste", "version": "1", "value": 0.5}
     tables = {
         "buffers": snapshot,
         "plans": plan(trajectories(found), good, plan_rule(), iteration=iteration),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from opgrpo_data.errors import StoreError
-from opgrpo_data.exchange import export, export_dataset, selection
-from opgrpo_data.exchange.export import FORMS, MANIFEST
-from opgrpo_data.exchange.left_out import LeftOut
+from opgrpo_data.exchange import export_dataset, import_dataset, selection
+from opgrpo_data.exchange.export import FORMS
 from opgrpo_data.exchange.selection import Selection
+from opgrpo_data.exchange.target import MANIFEST, UNFINISHED, Target
 from opgrpo_data.io import Directory
+from opgrpo_data.seal import read_json
 from opgrpo_data.store import Store
 from tests.opgrpo_data.exchange.made import filled, quarantined
 from tests.opgrpo_data.factories import reward_row, rewards
@@ -148,13 +149,6 @@ def test_a_condition_is_one_condition(where: str, told: str, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_left(tmp_path: Path) -> None:
-    store = filled(str(tmp_path / "store"), iterations=1)
-    quarantined(store, "run-0-i0g0m0")
-    with pytest.raises(StoreError, match=r"^nothing is left to export: 1 quarantined. Remove .*out, and choose other"):
-        export_dataset(store, str(tmp_path / "out"), "webdataset", where="trajectory_id = 'run-0-i0g0m0'")
-
-
 def test_pages_are_bounded_and_groups_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = filled(str(tmp_path / "store"), iterations=4)
     whole = Selection(store, None, None, needs_reward=False)
@@ -193,58 +187,119 @@ def test_only_into_what_is_empty(store: Store, tmp_path: Path) -> None:
         export_dataset(store, str(tmp_path / "out"), "sft")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(
-        StoreError, match=r"mine is not empty, and holds no finished export: choose another folder, or, if an export"
-    ):
+    with pytest.raises(StoreError, match=r"mine is not empty, and holds no unfinished export: choose another folder$"):
         export_dataset(store, str(tmp_path / "mine"), "sft")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     with pytest.raises(StoreError, match=r"x lies in the store .*: choose a folder outside it$"):
         export_dataset(store, f"{store.directory.url}/x", "sft")
+    (tmp_path / "link").symlink_to(store.directory.root)
+    with pytest.raises(StoreError, match=r"link/x lies in the store .*: choose a folder outside it$"):
+        export_dataset(store, str(tmp_path / "link/x"), "sft")
+
+
+@pytest.fixture(params=["file", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Directory:
+    """Where an export goes: on disk, and in an object store."""
+    return Directory(str(tmp_path / "out") if request.param == "file" else f"memory://{tmp_path.name}/out")
+
+
+def files(place: Directory) -> dict[str, bytes]:
+    """All that lies in a place, unfinished files too, but for the manifest."""
+    return {entry.path: place.read(entry.path) for entry in place.entries() if entry.path != MANIFEST}
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_killed_at_any_file_it_is_not_finished(
-    form: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cut_short_at_any_file_it_is_finished_by_the_same_command(
+    form: str, store: Store, place: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No manifest, so an import refuses it, and so does another export until it is removed; then all is well."""
+    """Until then it says that it is unfinished, so that an import refuses it."""
+    left = 0
 
-    def killing(whole: Callable[..., Any], after: list[int]) -> Callable[..., Any]:
-        def call(directory: Directory, path: str, *given: Any) -> Any:
-            if after[0] == 0:
-                raise KeyboardInterrupt
-            after[0] -= 1
-            return whole(directory, path, *given)
+    def killing(directory: Directory, path: str) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return write_atomic(directory, path)
 
-        return call
-
-    for allowed in range(10):
-        out, after = tmp_path / f"out{allowed}", [allowed]
-        monkeypatch.setattr(Directory, "publish", killing(Directory.publish, after))
-        monkeypatch.setattr(Directory, "write_atomic", killing(Directory.write_atomic, after))
-        try:
-            export_dataset(store, str(out), form)
-        except KeyboardInterrupt:
-            assert not (out / MANIFEST).exists()
-        else:
-            assert json.loads((out / MANIFEST).read_text())["form"] == form
-            break
-        finally:
-            monkeypatch.undo()
-        if allowed:
-            with pytest.raises(StoreError, match=r"if an export to it was cut short, remove it and export again$"):
-                export_dataset(store, str(out), form)
-    assert allowed == (2 if form == "webdataset" else 3)
-
-
-def test_two_exports_at_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def meanwhile(chosen: Selection, target: Directory, left_out: LeftOut) -> list[dict[str, Any]]:
+    expected = Directory(str(tmp_path / "expected"))
+    export_dataset(store, expected.url, form)
+    write_atomic, attempts = Directory.write_atomic, 0
+    while True:
+        left, attempts = attempts, attempts + 1
+        monkeypatch.setattr(Directory, "write_atomic", killing)
+        with suppress(KeyboardInterrupt):
+            export_dataset(store, place.url, form)
         monkeypatch.undo()
-        export_dataset(store, target.url, "webdataset")
-        return [{"path": "x", "rows": 1}]
+        if UNFINISHED not in read_json(place.read(MANIFEST)):
+            break
+        with pytest.raises(StoreError, match=r"is an export that was cut short: run the same `opgrpo export` again, which "):
+            import_dataset(place.url, str(tmp_path / "store"))
+    assert attempts == (4 if form == "webdataset" else 5)
+    assert files(place) == files(expected)
+    with pytest.raises(StoreError, match=r"out holds an export already: choose another folder$"):
+        export_dataset(store, place.url, form)
 
-    monkeypatch.setattr(export, "FORMS", {"webdataset": meanwhile})
-    with pytest.raises(StoreError, match=r"^another export wrote to .*out at the same time: remove it and export again$"):
-        export_dataset(store, str(tmp_path / "out"), "webdataset")
+
+def test_what_an_unfinished_export_left_goes_and_what_is_mine_stays(store: Store, place: Directory, tmp_path: Path) -> None:
+    """Also where it was another one, of which the next would not write over all files."""
+    Target(place).claim()
+    mine = {"notes.txt": b"mine", "data/notes.txt": b"mine", "trajectories-of-mine.tar": b"mine"}
+    left = {"trajectories-00007.tar": b"", "data/train-00003-of-00004.parquet": b"", "data/.tmp-1": b"", ".tmp-2": b"",
+            "README.md": place_card(store, tmp_path)}  # fmt: skip
+    for path, data in (mine | left).items():
+        with place.write_atomic(path) as file:
+            file.write(data)
+    export_dataset(store, place.url, "webdataset")
+    assert files(place).keys() == {*mine, "trajectories-00000.tar"}
+    assert files(place).items() >= mine.items()
+
+
+def place_card(store: Store, tmp_path: Path) -> bytes:
+    """The README.md of an export."""
+    export_dataset(store, str(tmp_path / "card"), "sft")
+    return (tmp_path / "card" / "README.md").read_bytes()
+
+
+def test_a_readme_of_mine_is_not_written_over(store: Store, tmp_path: Path) -> None:
+    target = Target(Directory(str(tmp_path / "out")))
+    target.claim()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    with pytest.raises(StoreError, match=r"out holds an unfinished export and a README.md that is not its own: move that away"):
+        export_dataset(store, str(tmp_path / "out"), "sft")
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
+def test_an_export_that_finds_nothing_leaves_nothing(tmp_path: Path) -> None:
+    store = filled(str(tmp_path / "store"), iterations=1)
+    for name in taken(store, None, None):
+        quarantined(store, f"run-0-{name}")
+    for form in ("webdataset", "huggingface"):
+        with pytest.raises(StoreError, match=r"^nothing is left to export: 6 quarantined\. Choose other trajectories$"):
+            export_dataset(store, str(tmp_path / "out"), form)
+        assert Directory(str(tmp_path / "out")).entries() == []
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_of_two_exports_at_once_the_later_has_the_place(
+    form: str, store: Store, place: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier has begun a file: it writes no more."""
+    write_atomic = Directory.write_atomic
+
+    @contextmanager
+    def meanwhile(directory: Directory, path: str) -> Iterator[BinaryIO]:
+        with write_atomic(directory, path) as file:
+            monkeypatch.undo()
+            export_dataset(store, place.url, form, where="iteration = 0")
+            yield file
+
+    monkeypatch.setattr(Directory, "write_atomic", meanwhile)
+    told = r"^another export to .*out began meanwhile and has the place: leave it to finish$"
+    with pytest.raises(StoreError, match=told):
+        export_dataset(store, place.url, form)
+    assert read_json(place.read(MANIFEST))["where"] == "iteration = 0"
+    assert not any(".tmp-" in path for path in files(place))
 
 
 def test_to_an_object_store(store: Store, tmp_path: Path) -> None:

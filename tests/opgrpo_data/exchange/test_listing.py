@@ -38,10 +38,10 @@ def test_runs_and_what_they_hold(tmp_path: Path) -> None:
     assert created_at is not None
     assert told["run-0"] == {
         "run_id": "run-0", "iterations": 2, "trajectories": 12, "gigabytes": pytest.approx(size / 1e9),
-        "rewards": "smell@1 1, taste@1 10", "policies": 1, "quarantined": 1, "dropped": 3, "pinned": True,
+        "rewards": "smell@1 1, taste@1 10", "kept_policies": 1, "quarantined": 1, "dropped": 3, "pinned": True,
     }  # fmt: skip
-    assert {name: told["run-1"][name] for name in ("iterations", "trajectories", "rewards", "policies", "pinned")} == {
-        "iterations": 0, "trajectories": 0, "rewards": "", "policies": 0, "pinned": False,
+    assert {name: told["run-1"][name] for name in ("iterations", "trajectories", "rewards", "kept_policies", "pinned")} == {
+        "iterations": 0, "trajectories": 0, "rewards": "", "kept_policies": 0, "pinned": False,
     }  # fmt: skip
     assert told["run-2"]["created_at"] is None
     assert (told["run-2"]["trajectories"], told["run-2"]["rewards"]) == (3, "smell@1 1")

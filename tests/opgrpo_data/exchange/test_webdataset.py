@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from opgrpo_data import ids
 from opgrpo_data.errors import StoreError
 from opgrpo_data.exchange import export_dataset, import_dataset, importing, webdataset
-from opgrpo_data.exchange.export import MANIFEST
 from opgrpo_data.exchange.left_out import LeftOut
+from opgrpo_data.exchange.target import MANIFEST
 from opgrpo_data.exchange.webdataset import Sample
 from opgrpo_data.io import Directory
 from opgrpo_data.seal import sealed_json

@@ -22,7 +22,7 @@ from opgrpo_data.errors import StoreError
 from opgrpo_data.generations import Generation, faults, in_force
 from opgrpo_data.io import Directory
 from opgrpo_data.pieces import read_pieces
-from opgrpo_data.schema import TRAJECTORIES
+from opgrpo_data.schema import TRAJECTORIES, conform, to_parquet
 from opgrpo_data.seal import read_json, sealed_json
 from opgrpo_data.store import Store
 from opgrpo_data.upkeep import compaction
@@ -31,6 +31,7 @@ from tests.opgrpo_data.factories import folder, located_row, overwrite, rewards,
 
 MANY = 4
 STEP_BYTES = 4096
+FIRST = "catalog/trajectories/gen-000001.json"
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +101,7 @@ def test_a_generation_holds_the_rows_of_the_index_files(url: str, tmp_path: Path
     ]
     after = contents(store)
     assert {path: data for path, data in after.items() if not path.startswith("catalog/")} == before
-    document = read_json(after["catalog/trajectories/gen-000001.json"])
+    document = read_json(after[FIRST])
     merged = after[document["parquet"]]
     assert document["files"] == dict.fromkeys(store.files("trajectories"), 3)
     assert (document["rows"], document["bytes"], document["crc32"]) == (18, len(merged), f"{zlib.crc32(merged):08x}")
@@ -338,12 +339,12 @@ def test_a_damaged_commit_is_passed_over(kind: str, tmp_path: Path) -> None:
     store = filled(str(tmp_path / "store"))
     compact(store)
     change, message = JSON_DAMAGE[kind]
-    damage(store, "catalog/trajectories/gen-000001.json", change)
+    damage(store, FIRST, change)
     with pytest.warns(
         UserWarning, match=rf"(?s)gen-000001\.json is passed over \(.*({message}).*\): what it holds is read from"
     ):
         assert rows(store) == plain_rows(store)
-    assert [path for path, _ in faults(store, deep=False)] == ["catalog/trajectories/gen-000001.json"]
+    assert [path for path, _ in faults(store, deep=False)] == [FIRST]
     with pytest.warns(UserWarning, match="passed over"):
         [told] = compact(store)["compacted"]
     assert told["generation"] == "catalog/trajectories/gen-000002.json"
@@ -401,7 +402,7 @@ def test_a_generation_with_a_damaged_page_is_made_again_out_of_the_index_files(n
     commit(store, 6, 6 + new)
     with pytest.warns(UserWarning, match=r"gen-000001\.json is passed over \(.*expected crc32"):
         told = compact(store, dry_run=True)["compacted"]
-    assert [(each["kind"], each["new"]) for each in told][0] == ("trajectories", new)
+    assert (told[0]["kind"], told[0]["new"]) == ("trajectories", new)
     with pytest.warns(UserWarning, match=r"gen-000001\.json is passed over \(.*expected crc32"):
         told = compact(store)["compacted"]
     assert (told[0]["generation"], told[0]["files"], told[0]["committed"]) == (
@@ -419,7 +420,7 @@ def test_of_damaged_generations_only_those_that_could_be_read_are_told(tmp_path:
     for count in range(1, 4):
         compact(store)
         commit(store, MANY * count + 2, MANY * (count + 1) + 2)
-    first, second, third = (f"catalog/trajectories/gen-00000{n}.json" for n in (1, 2, 3))
+    first, second, third = (FIRST.replace("1", str(n)) for n in (1, 2, 3))
     for path in (first, second):
         damage(store, path, lambda data: flipped(data, 40))
     assert list(faults(store, deep=True)) == []
@@ -435,9 +436,9 @@ def test_behind_a_generation_of_lost_files_an_older_one_could_be_read(tmp_path: 
     compact(store)
     commit(store, 6, 12)
     compact(store)
-    damage(store, "catalog/trajectories/gen-000001.json", lambda data: flipped(data, 40))
+    damage(store, FIRST, lambda data: flipped(data, 40))
     store.directory.remove(store.files("trajectories")[11])
-    assert [path for path, _ in faults(store, deep=False)] == ["catalog/trajectories/gen-000001.json"]
+    assert [path for path, _ in faults(store, deep=False)] == [FIRST]
 
 
 def test_a_generation_of_files_that_are_gone_is_not_in_force(tmp_path: Path) -> None:
@@ -478,7 +479,7 @@ def test_superseded_generations_are_told_json_first(tmp_path: Path) -> None:
     for attempt in ("gen-000002.00000000.parquet", "gen-000003.00000000.parquet"):
         overwrite(store.directory, f"catalog/trajectories/{attempt}", b"what a killed compaction left")
     overwrite(store.directory, "catalog/trajectories/notes.txt", b"not ours")
-    expected = ["catalog/trajectories/gen-000001.json", first]
+    expected = [FIRST, first]
     expected += [f"catalog/trajectories/gen-00000{n}.00000000.parquet" for n in (2, 3)]
     found = superseded_generations(store)
     assert [path for path in found if "/trajectories/" in path] == expected
@@ -491,7 +492,7 @@ def test_superseded_generations_are_told_json_first(tmp_path: Path) -> None:
 def test_a_damaged_newest_generation_supersedes_nothing(tmp_path: Path) -> None:
     store = filled(str(tmp_path / "store"))
     compact(store)
-    damage(store, "catalog/trajectories/gen-000001.json", lambda data: flipped(data, 40))
+    damage(store, FIRST, lambda data: flipped(data, 40))
     with pytest.warns(UserWarning, match="passed over"):
         assert superseded_generations(store) == []
 
@@ -540,9 +541,12 @@ def test_the_last_copy_of_rows_is_never_superseded(unread: str, tmp_path: Path) 
 def test_a_generation_that_does_not_say_what_it_holds_stays(tmp_path: Path) -> None:
     store = filled(str(tmp_path / "store"))
     compact(store)
-    intact = store.directory.read(FIRST)
+    intact, first = store.directory.read(FIRST), current(store).parquet
+    commit(store, 6, 12)
+    compact(store)
     for change, _ in JSON_DAMAGE.values():
         overwrite(store.directory, FIRST, change(intact))
-        with pytest.warns(UserWarning, match="passed over"):
-            compact(store) if current_number(store) == 0 else in_force(store, "trajectories")
         assert superseded(store) == []
+    overwrite(store.directory, FIRST, intact)
+    overwrite(store.directory, first, b"of no use to anybody")
+    assert superseded(store) == [FIRST, first]

@@ -12,8 +12,11 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from unittest.mock import patch
 
+import pyarrow.parquet as pq
 import pytest
 
+from opgrpo_data import generations
+from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
 from opgrpo_data.locations import LatentLocation
 from opgrpo_data.reading import read_latents, read_media
@@ -380,6 +383,74 @@ def test_tars_of_a_lost_index_are_kept_while_anything_speaks_of_their_shard(tmp_
     for path in store.files("rewards"):
         store.directory.remove(path)
     assert len(collect(store, delete=True, grace=timedelta(0)).files) == 2
+
+
+def test_a_generation_that_cannot_be_read_may_speak_of_them_too(store: Store) -> None:
+    with patch.object(compaction, "MANY_FILES", 1):
+        compaction.compact(store)
+    overwrite(store.directory, f"{folder()}/00007.0badc0de.media.tar", b"leftover")
+    overwrite(store.directory, "catalog/trajectories/gen-000001.json", b"{")
+    with (
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(
+            StoreError,
+            match=r"^catalog/trajectories/gen-000001\.json is not JSON \(.*\): it may speak of shards whose index is gone, and "
+            r"nothing was removed\. Restore it from a copy, or remove it$",
+        ),
+    ):
+        collect(store, delete=True, grace=NONE)
+    store.directory.remove("catalog/trajectories/gen-000001.json")
+    assert "tar that no index names" in {item.reason for item in collect(store, delete=True, grace=NONE).files}
+
+
+def test_rows_of_a_lost_index_outlive_a_compaction_and_a_collection(store: Store) -> None:
+    with patch.object(compaction, "MANY_FILES", 1):
+        compaction.compact(store)
+        lost = store.files("updates")[1]
+        rows = store.read_tables("updates", [lost])
+        store.directory.remove(lost)
+        with pytest.warns(UserWarning, match="it holds 1 index files that are gone"):
+            compaction.compact(store)
+    collect(store, delete=True, grace=NONE)
+    [first, second] = generations.documents(store, "updates")
+    held = generations.read_generation(store.directory, first)
+    assert lost in held.files
+    assert lost not in generations.read_generation(store.directory, second).files
+    with pq.ParquetFile(store.directory.path(held.parquet)) as merged:
+        assert merged.read().slice(held.files[store.files("updates")[0]], rows.num_rows).to_pylist() == rows.to_pylist()
+
+
+NO_FILES: dict[str, Callable[[Path], None]] = {
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a folder": Path.mkdir,
+    "a pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("what", NO_FILES)
+def test_what_is_no_file_but_has_the_name_of_an_index_is_named(what: str, store: Store) -> None:
+    path = f"{folder()}/x.parquet"
+    NO_FILES[what](Path(store.directory.path(path)))
+    said = "No such file or directory" if what == "a link to nowhere" else "not a regular file"
+    readers: list[Callable[[], object]] = [
+        lambda: collect(store, delete=True, grace=NONE),
+        lambda: compaction.compact(store),
+        lambda: Catalog(store),
+    ]
+    for read in readers:
+        with patch.object(compaction, "MANY_FILES", 1), pytest.raises(StoreError) as caught:
+            read()
+        assert str(caught.value) == (
+            f"{path} cannot be read ({said}): restore it from a copy, or remove it; `opgrpo verify` finds all such files"
+        )
+
+
+@pytest.mark.parametrize("what", NO_FILES)
+def test_what_is_no_file_but_has_the_name_of_a_document_is_named(what: str, store: Store) -> None:
+    NO_FILES[what](Path(store.directory.path("runs/x.json")))
+    with pytest.raises(StoreError, match=r"^runs/x\.json cannot be read \(.*\): restore it from a copy, or remove it; "):
+        Catalog(store)
 
 
 def test_files_of_other_people_stay(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Either way tables and documents are read whole, held against their seals (opgrpo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from opgrpo_data import generations, seal, tensors
 from opgrpo_data.checksum import crc32
 from opgrpo_data.documents import DOCUMENT_KEYS, document_problem
 from opgrpo_data.errors import StoreError
+from opgrpo_data.generations import Generation
 from opgrpo_data.store import MARKER, TABLES, Store, weights_path
 from opgrpo_data.upkeep.agreement import Agreement, place_problem
 from opgrpo_data.upkeep.shard_checks import Damage, Shard
@@ -247,19 +249,27 @@ class _Verification:
             self._find(path, f"it cannot be used: {problem}", "run `opgrpo compact`, which makes another")
         damaged = {finding.path for finding in self.report.findings}
         gone: dict[str, str] = {}
-        for path in (path for kind in generations.COMPACTED for path in generations.documents(self.store, kind)):
-            if path not in self.sizes:
-                continue  # made since
-            self.report.files += 1  # its Parquet file
-            if self._document(path) is None or path in damaged:
-                continue
-            held = generations.read_generation(self.store.directory, path).files
-            gone |= {file: path for file in held if file not in self.sizes}
-            for file, rows in held.items():
-                if self.rows.get(file, rows) != rows:
-                    self._find(path, f"it tells {rows} rows of {file}, which has {self.rows[file]}", "run `opgrpo compact`")
+        for kind in generations.COMPACTED:
+            for generation in self._readable(generations.documents(self.store, kind)):
+                lost = generation.files.keys() - self.sizes.keys()
+                gone |= dict.fromkeys(lost, generation.path)
+                if lost or generation.path in damaged:
+                    continue
+                for file, rows in generation.files.items():
+                    if self.rows.get(file, rows) != rows:
+                        problem = f"it tells {rows} rows of {file}, which has {self.rows[file]}"
+                        self._find(generation.path, problem, "run `opgrpo compact`")
+                break  # what is older nobody reads
         for file, path in gone.items():
             self._find(file, f"it is gone; {path} holds a copy of its rows")
+
+    def _readable(self, paths: Sequence[str]) -> Iterator[Generation]:
+        """Generations whose JSON can be read, newest first; not those that were made since we began."""
+        for path in (path for path in reversed(paths) if path in self.sizes):
+            self.report.files += 1  # its Parquet file
+            if self._document(path) is not None:
+                with suppress(ValueError, FileNotFoundError):  # told of already, where a reader could take it
+                    yield generations.read_generation(self.store.directory, path)
 
 
 def _needed(kind: str, document: Mapping[str, Any]) -> list[str]:

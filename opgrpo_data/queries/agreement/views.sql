@@ -5,6 +5,10 @@
 -- runs: what is registered (run_id, draws). Tables of the store by their kinds, each row with the number of its file.
 CREATE VIEW settled AS SELECT * FROM files WHERE settled;
 
+-- Shards that registered runs drew.
+CREATE VIEW drawn AS
+SELECT * FROM settled SEMI JOIN runs USING (run_id) WHERE kind = 'trajectories' AND name NOT LIKE 'import-%';
+
 CREATE VIEW policies AS
 SELECT DISTINCT split_part(path, '/', 2) AS policy_id FROM files WHERE path LIKE 'policies/%/policy.json';
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -270,6 +271,17 @@ def test_what_was_imported_or_chosen_lies_set_apart(store: Store) -> None:
     store.publish_table("plans/run=mine-offline/iter=000000.parquet", table_of(chosen, TABLES["plans"].schema))
     write_shard(store.directory, "trajectories/run=imported/iter=000000", "00000", [member("elsewhere", 3, 0)])
     assert found(store) == []
+
+
+def test_imported_tars_bring_no_policies(store: Store) -> None:
+    """Nor prompts that had no note, nor the parents of what continues them."""
+    place, drawn = f"trajectories/run={RUN}/iter=000007", member(RUN, 7, 0)
+    row = drawn.row | {"policy_id": "elsewhere", "prompt_id": "lost", "parent_id": "elsewhere"}
+    write_shard(store.directory, place, "import-0123", [replace(drawn, row=row)])
+    assert found(store) == []
+    write_shard(store.directory, place, "00000", [replace(drawn, row=row | {"trajectory_id": "other"})])
+    assert {path for path, _ in found(store)} == {f"{place}/00000.parquet"}
+    assert len(found(store)) == 3
 
 
 def test_a_store_that_is_written_meanwhile_agrees(store: Store) -> None:

@@ -42,3 +42,8 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     store = tmp_path_factory.mktemp("finished") / "store"
     result: dict[str, Any] = opgrpo_json("run", config, "--store", store, process=True)
     return store, result
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The modules beside this file first: a test of a page takes long, and at the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)

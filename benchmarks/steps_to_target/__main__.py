@@ -19,6 +19,7 @@ from benchmarks.steps_to_target.tasks import TASKS
 
 QUICK_ARMS = ("flow_grpo", "forward_replay")
 QUICK_ITERATIONS = 30
+SAMPLES = 2000
 
 
 def quick(workers: int, iterations: int) -> None:
@@ -44,6 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="rerun one seed of two arms, in at most five minutes")
     parser.add_argument("--iterations", type=int, default=QUICK_ITERATIONS, help="of --quick")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of the bootstrap that gives the intervals")
     parser.add_argument("--plots", type=Path, help="folder to draw pictures into")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--phases", nargs="+", default=list(grid.PHASES), choices=grid.PHASES)
@@ -61,9 +63,9 @@ def main() -> None:
         grid.everything(arguments.tasks, arguments.phases, arguments.seeds, arguments.work, arguments.workers)
     results = grid.load()
     if arguments.json:
-        print(json.dumps(analysis.summary(results)))
+        print(json.dumps(analysis.summary(results, arguments.samples)))
     else:
-        print(tables.report(results))
+        print(tables.report(results, arguments.samples))
     if arguments.plots:
         from benchmarks.steps_to_target import figures
 

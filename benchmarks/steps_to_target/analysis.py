@@ -114,7 +114,7 @@ def arms_of(results: pl.DataFrame, task: str) -> Iterator[tuple[str, ArmCurves]]
 Told = dict[str, dict[str, dict[str, dict[str, float | None]]]]
 
 
-def summary(results: pl.DataFrame, samples: int = 2000) -> Told:
+def summary(results: pl.DataFrame, samples: int) -> Told:
     """{task: {arm: {cost: {ratio, seeds, low, high}}}}, relative to Flow-GRPO's cost of its final level; null: not reached."""
     told: Told = {}
     for task in TASKS:

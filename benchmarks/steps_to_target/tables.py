@@ -17,21 +17,24 @@ ABLATION_LEVEL = 0.8
 """Of the compositional task: the ablations' shorter runs reach it."""
 ABLATION_LAST = 30
 ROLLOUT_COSTS = (1, 4, 16, 64)
-SAMPLES = 2000
 
 
-def report(results: pl.DataFrame) -> str:
-    """All tables: per task the arms, then the ablations, the map, and what dearer rollouts would change."""
+def report(results: pl.DataFrame, samples: int) -> str:
+    """All tables: per task the arms, then the ablations, the map, and what dearer rollouts would change.
+
+    samples: of the bootstrap over seeds, for every interval; a tenth of it where there are four a row.
+    """
     parts = [f"{', '.join(sorted(results['machine'].unique()))}; intervals: 95 %, bootstrap over seeds"]
-    parts += list(_tasks(results.filter(pl.col("phase") != "ablation")))
-    parts += ["\n### Ablations of op_grpo, compositional\n", *_ablations(results)]
-    parts += ["\n### Where replay pays: the map, compositional\n", *_map(results)]
-    parts += ["\n### If a rollout cost more: seconds to Flow-GRPO's final level, relative to it\n", *_rollout_costs(results)]
+    parts += list(_tasks(results.filter(pl.col("phase") != "ablation"), samples))
+    parts += ["\n### Ablations of op_grpo, compositional\n", *_ablations(results, samples)]
+    parts += ["\n### Where replay pays: the map, compositional\n", *_map(results, samples)]
+    parts += ["\n### If a rollout cost more: seconds to Flow-GRPO's final level, relative to it\n"]
+    parts += _rollout_costs(results, samples // 10)
     return "\n".join(parts)
 
 
-def _tasks(results: pl.DataFrame) -> Iterator[str]:
-    for task, arms in analysis.summary(results, SAMPLES).items():
+def _tasks(results: pl.DataFrame, samples: int) -> Iterator[str]:
+    for task, arms in analysis.summary(results, samples).items():
         found = dict(arms_of(results, task))
         levels = TASKS[task].levels
         yield f"\n### {task}: Flow-GRPO ends at {final_level(found[BASELINE]):.3f}\n"
@@ -47,7 +50,7 @@ def _tasks(results: pl.DataFrame) -> Iterator[str]:
             yield _line(cells)
 
 
-def _ablations(results: pl.DataFrame) -> Iterator[str]:
+def _ablations(results: pl.DataFrame, samples: int) -> Iterator[str]:
     """Iterations to a fixed level, relative to op_grpo's."""
     found = dict(arms_of(results, "compositional"))
     if ABLATED not in found:
@@ -59,24 +62,24 @@ def _ablations(results: pl.DataFrame) -> Iterator[str]:
     for name in (BASELINE, ABLATED, *names):
         arm = found[name]
         spent = cost_to(ABLATION_LEVEL, arm.reward.mean(0), arm.costs["iterations"].mean(0))
-        told = ratios(arm, found[ABLATED], "iterations", SAMPLES, ABLATION_LEVEL)
+        told = ratios(arm, found[ABLATED], "iterations", samples, ABLATION_LEVEL)
         at = int(np.argmin(abs(arm.costs["iterations"].mean(0) - ABLATION_LAST)))
         yield _line([name, str(len(arm.reward)), _number(spent), _interval(told), f"{arm.reward.mean(0)[at]:.3f}"])
 
 
-def _map(results: pl.DataFrame) -> Iterator[str]:
+def _map(results: pl.DataFrame, samples: int) -> Iterator[str]:
     """Per cell: where the baseline begins and ends, and each arm's iterations to that level relative to the baseline's."""
     cells = results.filter(phase="map")
     names = [name for name in cells["arm"].unique(maintain_order=True) if name != BASELINE]
     yield from _head(["cell", "seeds", "start", "Flow-GRPO's end", *names])
     for setting in cells["setting"].unique(maintain_order=True):
         baseline = curves(cells, setting=setting, arm=BASELINE)
-        told = [ratios(curves(cells, setting=setting, arm=name), baseline, "iterations", SAMPLES) for name in names]
+        told = [ratios(curves(cells, setting=setting, arm=name), baseline, "iterations", samples) for name in names]
         start = f"{baseline.reward[:, 0].mean():.3f}"
         yield _line([setting, str(len(baseline.reward)), start, f"{final_level(baseline):.3f}", *map(_interval, told)])
 
 
-def _rollout_costs(results: pl.DataFrame) -> Iterator[str]:
+def _rollout_costs(results: pl.DataFrame, samples: int) -> Iterator[str]:
     yield from _head(["task", "arm", *[f"{factor} x" for factor in ROLLOUT_COSTS]])
     for task in TASKS:
         found = dict(arms_of(results.filter(phase="main"), task))
@@ -86,7 +89,7 @@ def _rollout_costs(results: pl.DataFrame) -> Iterator[str]:
             cells = []
             for factor in ROLLOUT_COSTS:
                 arm, baseline = _dearer(found[name], factor), _dearer(found[BASELINE], factor)
-                cells.append(_interval(ratios(arm, baseline, "wall", 200)))
+                cells.append(_interval(ratios(arm, baseline, "wall", samples)))
             yield _line([task, name, *cells])
 
 

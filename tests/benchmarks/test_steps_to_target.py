@@ -149,7 +149,7 @@ def test_runs_are_added_once_and_failures_named(tmp_path: Path, capsys: pytest.C
 
 
 def test_summary_prints_one_object_from_the_committed_results() -> None:
-    done = Running("--summary", "--json", module="benchmarks.steps_to_target").wait()
+    done = Running("--summary", "--samples=20", "--json", module="benchmarks.steps_to_target").wait()
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert "compositional" in told

@@ -300,8 +300,8 @@ def test_a_store_that_is_written_meanwhile_agrees(store: Store) -> None:
     def write() -> None:
         iterate(writer, next(numbers))
 
-    hooked = {name: listed_meanwhile(name) for name in listings}
-    with patch.dict(store.directory.__dict__, hooked):
+    place, hooked = store.directory, {name: listed_meanwhile(name) for name in listings}
+    with patch.object(place, "entries", hooked["entries"]), patch.object(place, "list", hooked["list"]):
         assert found(store) == []
     assert found(store) == []
     assert len(store.files("updates")) > 20

@@ -276,7 +276,7 @@ def test_what_was_imported_or_chosen_lies_set_apart(store: Store) -> None:
 def test_imported_tars_bring_no_policies(store: Store) -> None:
     """Nor prompts that had no note, nor the parents of what continues them."""
     place, drawn = f"trajectories/run={RUN}/iter=000007", member(RUN, 7, 0)
-    row = drawn.row | {"policy_id": "elsewhere", "prompt_id": "lost", "parent_id": "elsewhere"}
+    row = {**drawn.row, "policy_id": "elsewhere", "prompt_id": "lost", "parent_id": "elsewhere"}
     write_shard(store.directory, place, "import-0123", [replace(drawn, row=row)])
     assert found(store) == []
     write_shard(store.directory, place, "00000", [replace(drawn, row=row | {"trajectory_id": "other"})])

@@ -7,10 +7,10 @@ An export that was cut short is begun anew in its place. Of two at once the late
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, BinaryIO
 
 from opgrpo_data.checks import read_object
@@ -26,7 +26,9 @@ VERSION = "1.0"
 UNFINISHED = "unfinished"
 """A key that only a claim has: what tells it from others."""
 CARD = "README.md"
-_WRITTEN = (CARD, "trajectories-[0-9]*.tar", "data/train-[0-9]*.parquet", f"{TEMPORARY_PREFIX}*", f"data/{TEMPORARY_PREFIX}*")
+_WRITTEN = re.compile(
+    rf"{re.escape(CARD)}|trajectories-\d{{5,}}\.tar|data/train-\d{{5,}}-of-\d{{5,}}\.parquet|(data/)?{re.escape(TEMPORARY_PREFIX)}[0-9a-f]+"
+)
 """All that an export writes besides its manifest."""
 
 
@@ -86,5 +88,5 @@ class Target:
     def _clear(self) -> None:
         """Remove the files of an unfinished export, by the names that only an export gives."""
         for entry in self.directory.entries():
-            if any(fnmatchcase(entry.path, pattern) for pattern in _WRITTEN):
+            if _WRITTEN.fullmatch(entry.path):
                 self.directory.remove(entry.path)

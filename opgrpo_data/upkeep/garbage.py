@@ -68,7 +68,10 @@ def collect(store: Store, *, delete: bool, grace: timedelta, keep_iterations: in
     shards = _Shards(store, sizes)
     old = [entry for entry in entries if moment - entry.modified >= grace]
     files = [*_leftovers(old, sizes, shards.named), *_superseded(store, old)]
-    _refuse_lost_indexes(store, {index_of(item.path) for item in files if item.path.endswith(TARS)} - sizes.keys())
+    tars = {item.path for item in files if item.path.endswith(TARS)}
+    _refuse_lost_indexes(store, {index_of(tar) for tar in tars} - sizes.keys())
+    spoken_of = _read_by_tables(store) if tars else set()
+    files = [item for item in files if item.path not in spoken_of]
     dropped = shards.drop(keep_iterations, delete)
     if delete:
         for item in files:
@@ -109,6 +112,13 @@ def _refuse_lost_indexes(store: Store, lost: set[str]) -> None:
                 f"{index} is gone, but {path} still speaks of its shard: nothing was removed. Restore the index from a copy, "
                 f"or remove what speaks of it"
             )
+
+
+def _read_by_tables(store: Store) -> set[str]:
+    """Tars that buffers and plans read from, whatever the index of their shard names: one that was lost and imported again has
+    other tars."""
+    paths = ((kind, path) for kind in ("buffers", "plans") for path in store.files(kind))
+    return {file for kind, path in paths for file in store.read_tables(kind, [path])["latents_file"].unique().to_pylist()}
 
 
 def _spoken_of(store: Store) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ SELECT
     format('it holds trajectories without a reward that are planned ({}, for example {})', count(*), min(trajectory_id)) AS problem,
     'restore the files of rewards/ from a copy, or run `opgrpo score` again' AS remedy
 FROM trajectories
-JOIN files i USING (file)
+JOIN drawn i USING (file)
 JOIN runs r ON r.run_id = i.run_id AND r.draws
 SEMI JOIN settled p ON p.kind = 'plans' AND p.run_id = i.run_id AND p.iteration = i.iteration
 ANTI JOIN rewards USING (trajectory_id)

@@ -2,7 +2,7 @@
 SELECT
     path,
     format('it names trajectories that no index has ({}, for example {})', count(DISTINCT trajectory_id), min(trajectory_id)) AS problem,
-    'restore the indexes they were in' AS remedy
+    'restore the indexes they were in from a copy, as files: an import writes them elsewhere' AS remedy
 FROM named JOIN settled USING (file) ANTI JOIN known USING (trajectory_id)
 GROUP BY path
 UNION ALL

@@ -244,7 +244,15 @@ def test_cut_short_at_any_file_it_is_finished_by_the_same_command(
 def test_what_an_unfinished_export_left_goes_and_what_is_mine_stays(store: Store, place: Directory, tmp_path: Path) -> None:
     """Also where it was another one, of which the next would not write over all files."""
     Target(place).claim()
-    mine = {"notes.txt": b"mine", "data/notes.txt": b"mine", "trajectories-of-mine.tar": b"mine"}
+    names = ("notes.txt", "data/notes.txt", "trajectories-of-mine.tar", "trajectories-2024.tar", "data/train-2020.parquet")
+    nested = (
+        "data/train-00000-of-00001/a.parquet",
+        "trajectories-0-mine/x.tar",
+        ".tmp-0/thesis.md",
+        "sub/.tmp-a",
+        ".tmp-diary",
+    )
+    mine = dict.fromkeys((*names, *nested), b"mine")
     left = {"trajectories-00007.tar": b"", "data/train-00003-of-00004.parquet": b"", "data/.tmp-1": b"", ".tmp-2": b"",
             "README.md": place_card(store, tmp_path)}  # fmt: skip
     for path, data in (mine | left).items():

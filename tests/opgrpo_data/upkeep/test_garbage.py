@@ -18,6 +18,7 @@ import pytest
 from opgrpo_data import generations
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.errors import CorruptionError, StoreError
+from opgrpo_data.exchange.importing import import_dataset
 from opgrpo_data.locations import LatentLocation
 from opgrpo_data.reading import read_latents, read_media
 from opgrpo_data.shards import write_shard
@@ -383,6 +384,20 @@ def test_tars_of_a_lost_index_are_kept_while_anything_speaks_of_their_shard(tmp_
     for path in store.files("rewards"):
         store.directory.remove(path)
     assert len(collect(store, delete=True, grace=timedelta(0)).files) == 2
+
+
+def test_tars_that_plans_read_from_are_kept_though_the_index_came_anew(store: Store, tmp_path: Path) -> None:
+    """An index that was lost, and imported again from a copy, names other tars than the buffers and plans that were there."""
+    copy = tmp_path / "copy"
+    shutil.copytree(store.directory.root, copy)
+    index = store.files("trajectories")[0]
+    old = {row["latents_file"] for row in store.read_tables("trajectories", [index]).to_pylist()}
+    store.directory.remove(index)
+    import_dataset(str(copy), store.directory.url, merge=True)
+    new = {row["latents_file"] for row in store.read_tables("trajectories", [index]).to_pylist()}
+    assert old.isdisjoint(new)
+    collect(store, delete=True, grace=NONE)
+    assert all(store.directory.exists(file) for file in old | new)
 
 
 def test_a_generation_that_cannot_be_read_may_speak_of_them_too(store: Store) -> None:

@@ -1,7 +1,8 @@
 """Safetensors files without torch: what their headers promise, and whether the bytes are those that were written.
 
-The format has no checksum of its own. Ours lie in its metadata: `digest`, over names, dtypes, shapes and bytes of all tensors
-(policies, training states; see pipelines.weights), or the crc32 of each tensor by its name (conditions).
+The format has no checksum of its own. Ours lie in its metadata: `digest`, over names, dtypes, shapes and bytes of all
+tensors, with the path that the file is for (policies, training states; see pipelines.weights), or the crc32 of each tensor
+by its name (conditions).
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class Header:
     metadata: Mapping[str, str]
     size: int
 
+    @property
+    def path(self) -> str:
+        """The path in the store that the file was written for; empty where it does not tell."""
+        return self.metadata.get("digest", "").partition(" ")[2]
+
 
 def read_header(directory: Directory, path: str) -> Header:
     """The header of a safetensors file. Raises ValueError where it cannot be one."""
@@ -84,7 +90,8 @@ def _tensor(start: int, entry: Mapping[str, Any]) -> Tensor:
 
 def check_bytes(directory: Directory, path: str, header: Header) -> None:
     """Read all tensors. Raises ValueError when they are not what the metadata's digest, or checksums, say."""
-    if (expected := header.metadata.get("digest")) is not None:
+    if "digest" in header.metadata:
+        expected = header.metadata["digest"].partition(" ")[0]
         if (found := _digest(directory, path, header)) != expected:
             raise ValueError(f"expected digest {expected}, found {found}")
         return

@@ -49,10 +49,10 @@ def _digest(weights: Weights) -> bytes:
 
 
 def to_bytes(weights: Weights, path: str) -> bytes:
-    """Serialise as safetensors. Its metadata hold a digest of the content, as the format itself has no checksum, and the path
-    in the store that the file is for."""
+    """Serialise as safetensors. Its metadata tell `digest`: one of the content, as the format itself has no checksum, and,
+    behind a space, the path in the store that the file is for. One key alone: several would be written in any order."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    return bytes(safetensors.torch.save(tensors, metadata={"digest": _digest(tensors).hex(), "path": path}))
+    return bytes(safetensors.torch.save(tensors, metadata={"digest": f"{_digest(tensors).hex()} {path}"}))
 
 
 def from_bytes(data: bytes, path: str) -> dict[str, Tensor]:
@@ -63,11 +63,11 @@ def from_bytes(data: bytes, path: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged: {error}. Restore it from a copy") from error
     # The header was valid, so it is: 8 bytes of length, then that much JSON.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata = header.get("__metadata__", {})
-    expected, found = metadata.get("digest"), _digest(loaded).hex()
+    expected, _, meant = header.get("__metadata__", {}).get("digest", "").partition(" ")
+    found = _digest(loaded).hex()
     if expected != found:
         raise ValueError(f"{path} is damaged: expected digest {expected}, found {found}. Restore it from a copy")
-    if (meant := metadata.get("path", path)) != path:  # files of format 1.1 do not tell
+    if meant not in ("", path):  # files of format 1.1 do not tell
         raise ValueError(f"{path} is another file, that of {meant}. Restore it from a copy")
     return loaded
 

@@ -195,8 +195,8 @@ class _Verification:
             header = tensors.read_header(self.store.directory, path)
             if header.size != self.sizes.get(path, header.size):
                 raise ValueError(f"it has {self.sizes[path]} bytes, its header tells {header.size}")
-            if (meant := header.metadata.get("path", path)) != path:
-                raise ValueError(f"it is another file, that of {meant[:200]}")
+            if header.path not in ("", path):
+                raise ValueError(f"it is another file, that of {header.path[:200]}")
             if self.report.deep:
                 tensors.check_bytes(self.store.directory, path, header)
                 self.report.bytes += header.size

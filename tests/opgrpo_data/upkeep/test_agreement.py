@@ -164,9 +164,9 @@ def test_a_prompt_that_is_not_what_its_id_says(store: Store) -> None:
 
 def test_weights_of_another_policy(store: Store) -> None:
     path, meant = "policies/mean/weights.safetensors", "policies/other/weights.safetensors"
-    overwrite(store.directory, path, with_digest({}, {"path": meant}))
+    overwrite(store.directory, path, with_digest({}, meant))
     assert found(store) == [(path, f"it is damaged: it is another file, that of {meant}")]
-    overwrite(store.directory, path, with_digest({}, {"path": path}))
+    overwrite(store.directory, path, with_digest({}, path))
     assert found(store) == []
 
 

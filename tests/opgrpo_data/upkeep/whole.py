@@ -89,12 +89,12 @@ def member(run: str, iteration: int, index: int) -> Record:
     return record(name, latents, **told)
 
 
-def with_digest(tensors: Mapping[str, NDArray[Any]], more: Mapping[str, str] | None = None) -> bytes:
+def with_digest(tensors: Mapping[str, NDArray[Any]], path: str = "") -> bytes:
     """As pipelines.weights.to_bytes writes them: a digest over names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.blake2b()
     for name in sorted(tensors):
         digest.update(f"{name}:torch.{tensors[name].dtype}:{tensors[name].shape};".encode() + tensors[name].tobytes())
-    return bytes(safetensors.numpy.save(dict(tensors), metadata={"digest": digest.hexdigest(), **(more or {})}))
+    return bytes(safetensors.numpy.save(dict(tensors), metadata={"digest": f"{digest.hexdigest()} {path}".rstrip()}))
 
 
 def with_checksums(tensors: Mapping[str, NDArray[Any]]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ reward: {name: scene_soft}
 train: {window: 3}
 eval: {samples: 16, num_steps: 4, every: 1}
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> None:
+    """Policies collect garbage when they let text encoders go: a second each, if it goes through all imported modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def test_the_commands_run_on_the_files(tmp_path: Path, monkeypatch: pytest.Monke
 
     file = tmp_path / "examples" / "rewards" / "warmth.py"
     file.write_text(file.read_text() + "# an edit\n")
-    again = opgrpo("score", "examples/my_reward.yaml", "--store", "demo-store", "--set", "reward.workers=2", cwd=tmp_path)
+    again = opgrpo("score", "examples/my_reward.yaml", "--store", "demo-store", "--set", "reward.workers=2", process=True)
     assert "done 8, already there 0" in again.stdout
 
 

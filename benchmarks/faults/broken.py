@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import mkdtemp
 
 from benchmarks.faults import cleaners, victims
 from benchmarks.faults.content import SHAPE, add_shard, shard_index, table
 from benchmarks.faults.kills import Log, Victim
+from benchmarks.faults.victims import linked
 from opgrpo_data.io import Directory
 from opgrpo_data.store import Store
 from opgrpo_data.upkeep.compaction import compact
@@ -50,10 +52,12 @@ def in_place(store: Store) -> Store:
 def drop_tars_first(url: str, log: Log) -> None:
     """A collector that removes tars and says so afterwards."""
     store = Store.open(url)
-    for index in sorted(set(store.files("trajectories")) - cleaners.needed_shards() - store.dropped_shards()):
+    unneeded = sorted(set(store.files("trajectories")) - cleaners.needed_shards() - store.dropped_shards())
+    for index in unneeded:
         _remove_tars(store, index)
-        _announce(store, index)
     collect(store, delete=True, grace=cleaners.HOUR)
+    for index in unneeded:
+        _announce(store, index)
     log("store.json")
 
 
@@ -77,11 +81,19 @@ def _announce(store: Store, index: str) -> None:
     store.publish_table(f"dropped/{index.removeprefix('trajectories/')}", table("dropped", 0))
 
 
+@cache
+def merged_template() -> Path:
+    """The store that is to be compacted, when it was."""
+    folder = Path(mkdtemp(prefix="faults-")) / "store"
+    cleaners.COMPACTOR.prepare(str(folder))
+    compact(Store.open(str(folder)))
+    return folder
+
+
 def compact_beside(url: str) -> None:
     """The store that is to be compacted, and beside it one that was."""
-    for where in (url, f"{url}-compacted"):
-        cleaners.COMPACTOR.prepare(where)
-    compact(Store.open(f"{url}-compacted"))
+    cleaners.COMPACTOR.prepare(url)
+    linked(merged_template, f"{url}-compacted")
 
 
 def json_first(url: str, log: Log) -> None:

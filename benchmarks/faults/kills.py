@@ -108,7 +108,10 @@ def _trial(victim: Victim, folder: Path, delay: float, place: Place) -> tuple[li
     process.kill()
     code = _end(process)
     acknowledged = (folder / LOG).read_text().splitlines()
-    problems = [f"it failed with {code}"] if code not in (0, -signal.SIGKILL) else inspected(victim, url, acknowledged)
+    if code == 0:
+        shutil.rmtree(folder)
+        return [], False, len(acknowledged)
+    problems = inspected(victim, url, acknowledged) if code == -signal.SIGKILL else [f"it failed with {code}"]
     if not problems:
         victim.work(url, lambda _: None)
         again = [*inspected(victim, url, acknowledged), *victim.finished(Store.open(url))]

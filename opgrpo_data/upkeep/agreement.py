@@ -107,7 +107,7 @@ class Agreement:
             connection.register("runs", pa.Table.from_pylist(self._runs, schema=RUNS))
             connection.execute(RULES.joinpath(VIEWS).read_text())
             for rule in sorted(rule.name for rule in RULES.iterdir() if rule.name != VIEWS):
-                for path, problem, remedy in connection.sql(RULES.joinpath(rule).read_text()).fetchall():
+                for path, problem, remedy in connection.execute(RULES.joinpath(rule).read_text()).fetchall():
                     yield Disagreement(path, problem, remedy or f"{RESTORE}{REMADE.get(path.partition('/')[0], '')}")
 
     def _file(self, number: int, path: str) -> dict[str, Any]:

@@ -136,6 +136,8 @@ class PipelinePolicy:
         return self._text_pipeline
 
     def _release_text_encoders(self) -> None:
+        if self._text_pipeline is None:
+            return
         self._text_pipeline = None
         gc.collect()
         if self.device.type == "cuda":

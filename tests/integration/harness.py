@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import runpy
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -58,24 +57,18 @@ def _command(module: str, words: list[str], output: str, folder: str, environmen
     for descriptor in (1, 2):
         os.dup2(os.open(f"{output}/{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(folder)
+    sys.path.insert(0, folder)  # as `python -m` does
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [module, *words]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def opgrpo(*arguments: str | Path, check: bool = True, process: bool = False, **options: Any) -> Done:
-    """Run the command line. `process` asks for a process of its own, every option of subprocess.run for a fresh interpreter.
-
-    With `check`, a failure shows what it said.
-    """
+def opgrpo(*arguments: str | Path, check: bool = True, process: bool = False) -> Done:
+    """Run the command line, with `process` in a process of its own. With `check`, a failure shows what it said."""
     words = [str(argument) for argument in arguments]
-    if process and not options:
+    if process:
         done = Running(*words).wait()
-    elif options:
-        command = [sys.executable, "-m", "cli", *words]
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240, **options)
-        done = Done(ended.returncode, ended.stdout, ended.stderr)
     else:
         result = CliRunner(env={"COLUMNS": "200"}).invoke(app, words)
         if result.exception is not None and not isinstance(result.exception, SystemExit):

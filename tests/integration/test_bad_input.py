@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.faults.disk import room
 from opgrpo_data.catalog import Catalog
 from opgrpo_data.store import Store
 from tests.integration.harness import opgrpo, opgrpo_json
@@ -17,9 +17,9 @@ from tests.integration.harness import opgrpo, opgrpo_json
 Finished = tuple[Path, dict[str, Any]]
 
 
-def refused(*arguments: str | Path, code: int = 1, **options: Any) -> str:
+def refused(*arguments: str | Path, code: int = 1) -> str:
     """Run a command that must fail: the one line it says."""
-    done = opgrpo(*arguments, check=False, **options)
+    done = opgrpo(*arguments, check=False)
     assert done.returncode == code, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
@@ -184,8 +184,8 @@ def test_corrupt_picture_becomes_an_error_row(config: Path, store: Path) -> None
 def test_no_space_left(config: Path, tmp_path: Path) -> None:
     """Files may not grow beyond 1 MiB: the training state does not fit. With room again, the run ends as it would have."""
     store = tmp_path / "store"
-    limit = (1024**2, 1024**2)
-    said = refused("run", config, "--store", store, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    with room(store, 1024**2, mounted=False):
+        said = refused("run", config, "--store", store)
     assert "make room and run the same command again" in said
     assert not list(store.rglob(".tmp-*"))
     assert opgrpo_json("sql", "--store", store, "SELECT count(*) AS n FROM trajectories") == [{"n": 8}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -26,15 +25,6 @@ from tests.pipelines.helpers import TRAINED, created, forked, shared_policy, sma
 def _one_thread() -> None:
     """Runs are compared bit for bit, and tests share the cores."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _quick_collections() -> Iterator[None]:
-    """Policies collect garbage when they let text encoders go: a second each, if it goes through all imported modules."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(?:#[^)]*)?\)")
 # A shown run is executed with these settings in place of its hours: the command is the same.
-SHORTER = ["--set", "iterations=2", "--set", "eval.samples=16", "--set", "rollout.prompts_per_iteration=2"]
+SHORTER = [
+    *("--set", "iterations=2", "--set", "eval.samples=16"),
+    *("--set", "rollout.prompts_per_iteration=2", "--set", "rollout.group_size=6"),
+]
 
 # The same for modules: what a page shows runs for minutes or hours, the test for seconds.
 SHORTER_MODULES = {

@@ -36,6 +36,11 @@ def _quick_collections() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Extensions count what is left when the interpreter ends and print it as leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration that runs in seconds."""

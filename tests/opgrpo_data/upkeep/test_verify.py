@@ -148,7 +148,7 @@ def memory(written: Contents) -> Store:
     return Store(directory)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_every_truncation_is_found(written: Contents, memory: Store, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(set(written) - {"store.json"})))

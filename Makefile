@@ -13,7 +13,7 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -8,6 +8,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -69,7 +70,6 @@ class Catalog:
     def _open(self, broken: set[str]) -> None:
         """Make the views. broken: kinds whose generation is not to be used."""
         self.connection = duckdb.connect(":memory:")
-        self.connection.execute("CREATE SCHEMA stored")  # out of sight of SHOW TABLES
         readable: list[str] = []
         sources = {name: self._source(name, name not in broken, readable) for name in TABLES}
         for view, query in _VIEWS.items():
@@ -93,9 +93,7 @@ class Catalog:
         """SQL for the rows of a table. Adds the files that DuckDB itself will read to `readable`."""
         generation, files = in_force(self._store, kind) if merged else (None, self._store.files(kind))
         loose = [path for path in files if generation is None or path not in generation.files]
-        # The empty table brings the columns, also those that files of an older minor version lack.
-        self.connection.from_arrow(TABLES[kind].schema.empty_table()).create(f"stored.{kind}")
-        sources = [f"stored.{kind}"]
+        sources = [_no_rows(kind)]
         if generation is not None:
             self._merged[kind] = generation
             fragment = _VERIFIED.make_fragment(open_generation(self._store, generation))
@@ -178,6 +176,15 @@ class _Stream:
         pieces = read_files(self.store, self.kind, dict.fromkeys(self.paths, 0), schema)
         batches = (batch for _, table in pieces for batch in table.to_batches())
         return pa.RecordBatchReader.from_batches(schema, batches).__arrow_c_stream__()
+
+
+@cache
+def _no_rows(kind: str) -> str:
+    """SQL for no row of a table: it brings the columns, also those that files of an older minor version lack."""
+    with duckdb.connect(":memory:") as connection:
+        none = connection.from_arrow(TABLES[kind].schema.empty_table())
+        columns = ", ".join(f"NULL::{type_} AS {name}" for name, type_ in zip(none.columns, none.types, strict=True))
+    return f"(SELECT {columns} WHERE false)"
 
 
 def _quoted(text: str) -> str:

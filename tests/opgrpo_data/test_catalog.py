@@ -324,6 +324,7 @@ def test_python_objects_are_not_tables(catalog: Catalog) -> None:
     [
         ("SELEC 1", 'SQL: Parser Error: syntax error at or near "SELEC"'),
         ("SELECT * FROM trajectory", "SQL: Catalog Error: Table with name trajectory does not exist.*trajectories"),
+        ("FROM buffers", 'SQL: Catalog Error: Table with name buffers does not exist! Did you mean "buffer"[?]'),
         ("SELECT rewrd FROM rewards", 'SQL: Binder Error: .*"rewrd" not found.*'),
         ("SELECT text::INT FROM prompts", "SQL: Conversion Error: Could not convert string 'a red square' to INT32"),
     ],

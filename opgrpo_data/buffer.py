@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from opgrpo_data.errors import StoreError
 from opgrpo_data.schema import BUFFERS, conform
+from opgrpo_data.sql import check_query
 
 QUERIES = resources.files("opgrpo_data").joinpath("queries")
 SELECTIONS = ("best", "random", "worst")
@@ -98,23 +99,21 @@ def check_selection(selection: str, setting: str = "replay.selection") -> None:
         select(nothing, nothing, set(), run_id="", iteration=0, rule=rule, setting=setting)
 
 
-def _query(selection: str) -> str:
-    """The SQL of a selection. Raises ValueError unless it is one SELECT."""
+def _query(connection: duckdb.DuckDBPyConnection, selection: str) -> str:
+    """The SQL of a selection. Raises ValueError unless it is one SELECT, which only reads."""
     if selection in SELECTIONS:
         return QUERIES.joinpath(f"select_{selection}.sql").read_text()
-    wanted = f"choose one of {SELECTIONS}, or give SQL, one SELECT over the table entries; got {selection!r}"
     try:
-        statements = duckdb.extract_statements(selection)
-    except duckdb.Error as error:
+        check_query(connection, selection)
+    except (duckdb.Error, StoreError) as error:
+        wanted = f"choose one of {SELECTIONS}, or give SQL, one SELECT over the table entries; got {selection!r}"
         raise ValueError(f"{wanted} ({' '.join(str(error).split())})") from error
-    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-        raise ValueError(wanted)
     return selection
 
 
 def _chosen(connection: duckdb.DuckDBPyConnection, selection: str, setting: str) -> pa.Table:
     """What the selection returns: trajectory_id and its position, duplicates dropped."""
-    query = _query(selection)
+    query = _query(connection, selection)
     try:
         found = connection.sql(query).to_arrow_table()
     except duckdb.Error as error:

@@ -22,6 +22,7 @@ from opgrpo_data.generations import Generation, in_force, warn
 from opgrpo_data.pieces import open_generation, read_files
 from opgrpo_data.schema import POLICIES, RUNS, table_of
 from opgrpo_data.seal import check_seal
+from opgrpo_data.sql import check_query
 from opgrpo_data.store import TABLES, Store
 
 # Rows a reward could not judge live beside the others but must not count as rewards.
@@ -144,12 +145,7 @@ class Catalog:
         Raises StoreError when the SQL is wrong, is more than one statement, or is anything but a query.
         """
         try:
-            statements = self.connection.extract_statements(sql)
-            if len(statements) != 1:
-                raise StoreError(f"expected one SQL statement, got {len(statements)}")
-            if statements[0].type != duckdb.StatementType.SELECT:
-                kind = str(statements[0].type).removeprefix("StatementType.")
-                raise StoreError(f"the store is read-only to SQL: {kind} is refused, a SELECT is not")
+            check_query(self.connection, sql)
             table = self.connection.sql(sql).to_arrow_table()
             return table.rename_columns(_distinct(table.column_names))
         except duckdb.Error as error:

@@ -31,7 +31,13 @@ def sql(
     """Ask the store anything, read-only. `SHOW TABLES` and `DESCRIBE trajectories` tell what there is."""
     from opgrpo_data.catalog import Catalog
 
-    return Catalog(open_store(store), allow_external=allow_external).query(query).to_pylist()
+    found = Catalog(open_store(store), allow_external=allow_external).query(query)
+    try:
+        return found.to_pylist()
+    except OverflowError as error:
+        raise ValueError(
+            f"a time in the answer is outside the years 1 to 9999 ({error}): ask for it as column::VARCHAR"
+        ) from error
 
 
 def verify(

@@ -335,7 +335,15 @@ def test_wrong_sql_is_told_in_one_line(sql: str, message: str, catalog: Catalog)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("sql", ["DESCRIBE rewards", "SUMMARIZE rewards", "SHOW TABLES", "FROM rewards", "VALUES (1)"])
+@pytest.mark.parametrize(
+    "sql",
+    [
+        *("DESCRIBE rewards", "SUMMARIZE rewards", "SHOW TABLES", "FROM rewards", "VALUES (1)", "(SELECT 1) -- so far"),
+        """SELECT '"type":"COPY_QUERY_NODE"' AS text""",
+        "WITH RECURSIVE r AS (SELECT 1 AS n UNION ALL SELECT n + 1 FROM r WHERE n < 3), t AS MATERIALIZED (FROM r) FROM t",
+        f"SELECT {' + '.join(['1'] * 400)}",
+    ],
+)
 def test_other_ways_to_ask_are_queries_too(sql: str, catalog: Catalog) -> None:
     assert rows(catalog, sql)
 
@@ -476,6 +484,10 @@ def test_other_files_can_be_read_when_that_is_asked_for(filled: Store, tmp_path:
         "SELECT 1; COPY prompts TO '{out}'",
         "EXPLAIN ANALYZE COPY prompts TO '{out}'",
         "WITH w AS (INSERT INTO prompts VALUES ('p', 't', '{{}}', 'train') RETURNING *) FROM w",
+        "WITH w AS (COPY (SELECT 1) TO '{out}') SELECT 1",
+        "WITH w AS (COPY (SELECT 1 AS a, 2 AS b) TO '{out}' (FORMAT csv, PARTITION_BY (a), OVERWRITE)) FROM w",
+        "(WITH w AS (COPY (SELECT 1) TO '{out}') SELECT 1)",
+        "SELECT 1 UNION ALL (WITH w AS (COPY (SELECT 1) TO '{out}') SELECT 1)",
     ],
 )
 def test_external_access_writes_nothing_either(sql: str, filled: Store, tmp_path: Path) -> None:

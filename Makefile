@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORE ?= demo-store
 
-.PHONY: demo test clean
+.PHONY: demo test types tests clean
 
 demo: $(VENV)/installed
 	$(BIN)/opgrpo quickstart --store $(STORE) $(OPTIONS)
@@ -12,7 +12,12 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) --jobs=2 types tests
+
+types:
 	$(BIN)/mypy
+
+tests:
 	$(BIN)/pytest -n 3 --dist worksteal
 
 $(VENV)/installed: pyproject.toml

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import tarfile
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,12 @@ def _sql(store: Store, view: str) -> Any:
     return Catalog(store).query(f"SELECT * FROM {view} ORDER BY ALL")  # noqa: S608
 
 
+@cache
+def _patient(folder: Path) -> Patient:
+    """One for all trials in this folder: each leaves it as it was."""
+    return Patient(folder)
+
+
 class Patient:
     """A store that has a file of every kind, to be damaged and mended. problems: what of FOUND does not hold."""
 
@@ -138,7 +144,7 @@ class Patient:
 def flip_bits(work: Path, count: int, seed: int) -> Tally:
     """Flip `count` single bits, as many in each kind of file."""
     tally = Tally(seed, f"one bit flipped at a random place: {FOUND}")
-    patient = Patient(work / "store")
+    patient = _patient(work / "store")
     kinds: dict[str, list[str]] = {}
     for path in sorted(patient.readers):
         kinds.setdefault(kind_of(path), []).append(path)
@@ -156,7 +162,7 @@ def flip_bits(work: Path, count: int, seed: int) -> Tally:
 def truncate(work: Path, count: int, seed: int, kinds: Collection[str] = ()) -> Tally:
     """Cut files at every kind of place, of these kinds of files or of all; and at `count` random places."""
     tally = Tally(seed, f"cut at every kind of place and at random ones: {FOUND}")
-    patient = Patient(work / "store")
+    patient = _patient(work / "store")
     rng = chances(seed)
     for kind, path in {kind_of(path): path for path in sorted(patient.readers)}.items():
         if kinds and kind not in kinds:

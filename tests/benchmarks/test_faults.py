@@ -69,7 +69,7 @@ def test_flipped_bits_and_cut_files(tmp_path: Path) -> None:
     nothing_lost(tally)
     assert set(tally.parts.values()) == {1}  # of each kind of file
     assert {"latents tar", "media tar", "trajectories index", "plans table", "tensors", "JSON document"} < tally.parts.keys()
-    cut = damage.truncate(tmp_path / "cut", 2, 0, {"media tar", "plans table", "JSON document"})
+    cut = damage.truncate(tmp_path, 2, 0, {"media tar", "plans table", "JSON document"})
     nothing_lost(cut)
     assert {"0 bytes", "in a header", "in a payload", "in the padding", "in the end blocks", "in the footer"} < cut.parts.keys()
 

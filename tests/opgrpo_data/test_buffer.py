@@ -83,7 +83,7 @@ def histories(draw: st.DrawFn) -> list[list[Scored]]:
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(history=histories(), rule=RULES)
 def test_step_by_step_selection_is_the_best_of_all_history(history: list[list[Scored]], rule: BufferRule) -> None:
     excluded = {scored.trajectory_id for members in history for scored in members if scored.quarantined}

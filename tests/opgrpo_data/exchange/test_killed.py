@@ -20,7 +20,7 @@ from opgrpo_data.store import Store
 from opgrpo_data.upkeep.verify import verify
 from tests.opgrpo_data.exchange.made import filled, quarantined, rows_of, same
 
-INSTANTS = 4
+INSTANTS = 3
 """At which each kind of command is killed, evenly from its first operation on files on."""
 VIEWS = ("prompts", "trajectories", "rewards", "reward_errors", "quarantine")
 

@@ -123,7 +123,7 @@ def test_leftovers_are_no_findings(store: Store) -> None:
 # -- flipped bits --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_every_flipped_bit_is_found(written: Contents, memory: Store, data: st.DataObject) -> None:
     """Anywhere: latents, media, notes, padding, tar headers, tables, footers, documents, weights, states, conditions."""

@@ -31,6 +31,8 @@ COLUMNS = ["trajectory_id", "prompt_id", "num_steps", *LOCATION.names, *MEDIA_CO
 DRAWN_NOTE = {"trajectory_id", "prompt", "metadata"}
 IMPORTED_NOTE = {"trajectory_id", "imported_from", "software"}
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
+UNREADABLE = (FileNotFoundError, IsADirectoryError, PermissionError)
+"""A file that is gone, or none: what is wrong with the store, not with the place that it lies in."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,12 @@ class Shard:
                 found = _latents_members(row) if kind == "latents" else _media_members(row, self.sealed)
                 owners |= {member.name: name for member in found}
                 expected += found
-            for fault in tars.faults(tars.Reader(self.directory, file), self.sizes[file], expected):
-                lost = {owners[str(fault.name)]: fault.error} if fault.error else {}
-                yield Damage(file, fault.name, fault.problem, lost)
+            try:
+                for fault in tars.faults(tars.Reader(self.directory, file), self.sizes[file], expected):
+                    lost = {owners[str(fault.name)]: fault.error} if fault.error else {}
+                    yield Damage(file, fault.name, fault.problem, lost)
+            except UNREADABLE as error:
+                yield Damage(file, None, f"it cannot be read: {error.strerror or error}")
 
     def files(self) -> list[str]:
         """Its tars."""

@@ -18,9 +18,9 @@ from opgrpo_data.checksum import crc32
 from opgrpo_data.documents import DOCUMENT_KEYS, document_problem
 from opgrpo_data.errors import StoreError
 from opgrpo_data.generations import Generation
-from opgrpo_data.store import MARKER, TABLES, Store, weights_path
+from opgrpo_data.store import MARKER, TABLES, Store, index_of, weights_path
 from opgrpo_data.upkeep.agreement import Agreement, place_problem
-from opgrpo_data.upkeep.shard_checks import Damage, Shard
+from opgrpo_data.upkeep.shard_checks import UNREADABLE, Damage, Shard
 
 SEALED_SINCE = (1, 2)
 DOCUMENTS = {kind: f"{kind}/*/policy.json" if kind == "policies" else f"{kind}/*.json" for kind in DOCUMENT_KEYS}
@@ -116,7 +116,16 @@ class _Verification:
         for path in self.bar(list(held), "tensors"):
             self._tensors(path)
         self.report.quarantined = len(self.forgiven)
+        self.report.findings = [each for each in self.report.findings if not self._removed_since(each.path)]
         return self.report
+
+    def _removed_since(self, path: str) -> bool:
+        """Whether a file went, as it may, since we listed it: states a run needs no more, tars that `gc` drops, leftovers."""
+        if path not in self.sizes or self.store.directory.list(path):
+            return False
+        if path.endswith(".tar"):
+            return index_of(path) in self.store.dropped_shards()
+        return path.endswith(".safetensors") or path.startswith("catalog/")
 
     def _find(self, path: str, problem: str, remedy: str = RESTORE, member: str | None = None, kind: Kind = "damage") -> None:
         self.report.findings.append(Finding(path, member, problem, remedy, kind))
@@ -128,8 +137,8 @@ class _Verification:
         self.report.files += 1
         try:
             data = self.store.directory.read(path)
-        except (FileNotFoundError, IsADirectoryError, PermissionError, StoreError) as error:
-            self._find(path, f"it cannot be read: {error.strerror if isinstance(error, OSError) else error}", NO_FILE)
+        except (*UNREADABLE, StoreError) as error:
+            self._find(path, f"it cannot be read: {getattr(error, 'strerror', None) or error}", NO_FILE)
             return None
         self.report.bytes += len(data)
         return data
@@ -203,6 +212,8 @@ class _Verification:
         except ValueError as error:
             again = ", or remove it, and its prompts are encoded again" if path.startswith("conditions/") else ""
             self._find(path, f"it is damaged: {error}", f"{RESTORE}{again}")
+        except UNREADABLE as error:
+            self._find(path, f"it cannot be read: {error.strerror or error}", NO_FILE)
 
     # -- trajectories -----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Everything a stage decides is a Parquet table or a JSON document published here 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -229,7 +230,7 @@ def require_current(store: Store, what: str) -> None:
     if (version := store.version) != schema.SCHEMA_VERSION:
         raise StoreError(
             f"{store.directory.url} has format version {version}, and {what} needs {schema.SCHEMA_VERSION}: "
-            f"run `opgrpo migrate --store {store.directory.url}` first"
+            f"run `opgrpo migrate --store {shlex.quote(store.directory.url)}` first"
         )
 
 
@@ -262,7 +263,11 @@ def _marker(directory: Directory, url: str) -> dict[str, Any]:
     try:
         return _document(directory.read(MARKER), f"{url}/{MARKER}")
     except FileNotFoundError as error:
-        raise StoreError(f"no store at {url}: make one with `opgrpo init --store {url} CONFIG`") from error
+        raise StoreError(f"no store at {url}: make one with `opgrpo init --store {shlex.quote(url)} CONFIG`") from error
+    except NotADirectoryError as error:
+        raise StoreError(
+            f"no store at {url}: it is a file, or lies in one, and a store is a folder or a bucket prefix"
+        ) from error
 
 
 def _document(data: bytes, named: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and compacted indexes, is written in stores of the present version alone: there,
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ def migrate(url: str, *, dry_run: bool = False) -> dict[str, Any]:
         first = findings[0]
         raise StoreError(
             f"{len(findings)} things are wrong in {url}, the first: {first.path}: {first.problem}; {first.remedy}. "
-            f"Run `opgrpo verify --store {url}` and mend them before you migrate"
+            f"Run `opgrpo verify --store {shlex.quote(url)}` and mend them before you migrate"
         )
     if not dry_run:
         document = read_json(store.directory.read(MARKER)) | {"version": SCHEMA_VERSION}

@@ -60,6 +60,12 @@ def test_create_takes_an_empty_directory(tmp_path: Path) -> None:
 def test_open_needs_a_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=f"no store at {tmp_path}: make one with `opgrpo init --store {tmp_path} CONFIG`"):
         Store.open(str(tmp_path))
+    with pytest.raises(StoreError, match=f"make one with `opgrpo init --store '{tmp_path}/my store' CONFIG`"):
+        Store.open(str(tmp_path / "my store"))
+    (tmp_path / "file").touch()
+    for place in ("file", "file/in"):
+        with pytest.raises(StoreError, match=f"no store at {tmp_path}/{place}: it is a file, or lies in one, and a store is a "):
+            Store.open(str(tmp_path / place))
     with pytest.raises(StoreError, match="no store at memory://nowhere: make one with"):
         Store.open("memory://nowhere")
 

@@ -64,7 +64,7 @@ def test_open_needs_a_store(tmp_path: Path) -> None:
         Store.open(str(tmp_path / "my store"))
     (tmp_path / "file").touch()
     for place in ("file", "file/in"):
-        with pytest.raises(StoreError, match=f"no store at {tmp_path}/{place}: it is a file, or lies in one, and a store is a "):
+        with pytest.raises(StoreError, match=f"no store at {tmp_path}/{place}: it is a file, or lies in one, and a store is"):
             Store.open(str(tmp_path / place))
     with pytest.raises(StoreError, match="no store at memory://nowhere: make one with"):
         Store.open("memory://nowhere")

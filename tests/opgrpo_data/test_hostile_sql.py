@@ -22,6 +22,10 @@ def store(tmp_path: Path) -> Store:
     return small_store(str(tmp_path / "store"))
 
 
+RUN_TEXT = (
+    "json_execute_serialized_sql(json_serialize_sql("
+    "'WITH w AS (COPY (SELECT 1) TO ''{index}'' (FORMAT parquet, USE_TMP_FILE false)) FROM w'))"
+)
 HOSTILE_SQL = [
     "SELECT * FROM '/etc/passwd'",
     "SELECT * FROM read_csv('/etc/passwd')",
@@ -67,6 +71,12 @@ HOSTILE_SQL = [
     "FROM query('WITH w AS (COPY (SELECT 1) TO ''{index}'' (FORMAT csv)) SELECT 1')",
     "WITH w AS (DELETE FROM rewards RETURNING *) FROM w",
     "UPDATE EXTENSIONS",
+    f"FROM {RUN_TEXT}",
+    f'SELECT 1 WHERE EXISTS (FROM system.main."JSON_execute_serialized_SQL"({RUN_TEXT.partition("(")[2]})',
+    f"FROM query('FROM {RUN_TEXT.replace(chr(39), 2 * chr(39))}')",
+    "FROM query('SELECT 1')",
+    "FROM query_table('rewards')",
+    "FROM arrow_scan(0, 0, 0)",
     "SELECT * FROM query('COPY (SELECT 1) TO ''{out}''')",
     "SELECT * FROM query_table('/etc/passwd')",
     "SELECT * FROM json_execute_serialized_sql(json_serialize_sql('SELECT * FROM read_text(''{secret}'')'))",

@@ -239,6 +239,7 @@ def test_own_sql_that_is_refused(query: str, said: str, tmp_path: Path, monkeypa
         ("", "one SELECT over the table entries"),
         ("WITH x AS (SELECT 1) DELETE FROM entries", "one SELECT over the table entries"),
         ("WITH x AS (COPY entries TO 'stolen.csv') FROM entries", "one SELECT over the table entries; .*COPY is refused"),
+        ("FROM query('SELECT trajectory_id FROM entries')", "one SELECT over the table entries; .*function query is refused"),
         ("WITH x AS (DELETE FROM entries RETURNING *) FROM x", "one SELECT over the table entries; .*DELETE is refused"),
         ("COPY entries TO 'stolen.csv'", "one SELECT over the table entries"),
         ("SELEC trajectory_id FROM entries", "got 'SELEC trajectory_id FROM entries' .Parser Error: syntax error"),

@@ -58,8 +58,9 @@ def export(store: Store, policy_id: str, folder: Path, *, trust_code: bool = Fal
 
     Raises ValueError when the folder is there already, or the policy is of a family that is no diffusers pipeline.
     """
+    taken = ValueError(f"{folder} is there already: choose another folder")
     if folder.exists():
-        raise ValueError(f"{folder} is there already: choose another folder")
+        raise taken
     restored = restore(store, policy_id, trust_code=trust_code)
     if not isinstance(restored.policy, PipelinePolicy):
         raise ValueError(f"policy family {restored.config.family!r} is no diffusers pipeline: it cannot be exported")
@@ -69,6 +70,10 @@ def export(store: Store, policy_id: str, folder: Path, *, trust_code: bool = Fal
         kind = _write_weights(restored.policy, writing)
         (writing / "README.md").write_text(_card(store, restored, restored.policy, kind), encoding="utf-8")
         writing.rename(folder)
+    except OSError as error:
+        if folder.exists():  # another export was first
+            raise taken from error
+        raise
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return {"policy_id": restored.document["policy_id"], "kind": kind, "folder": str(folder)}

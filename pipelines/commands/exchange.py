@@ -30,6 +30,8 @@ def export(
 
         if where is not None or reward is not None:
             raise UsageError("--where and --reward choose trajectories: they go with --as, not with --policy")
+        if "://" in to:
+            raise UsageError(f"a policy is written into a folder, got --to {to}: write it to a local one, and copy that")
         return export(open_store(store), policy, Path(to), trust_code=trust_code)
     from opgrpo_data.exchange import export_dataset
 

@@ -253,6 +253,20 @@ def test_code_that_the_store_names_is_not_run_unasked(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_another_export_was_first(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+
+    def card(*_: object) -> str:
+        target.mkdir()
+        (target / "theirs").touch()
+        return ""
+
+    monkeypatch.setattr("pipelines.export._card", card)
+    with pytest.raises(ValueError, match=f"^{target} is there already: choose another folder$"):
+        export(trained("adapter").store, "last", target)
+    assert sorted(tmp_path.rglob("*")) == [target, target / "theirs"]
+
+
 def test_the_command(trained: Trained, tmp_path: Path) -> None:
     experiment, folder = trained("adapter"), tmp_path / "out"
     store = experiment.store.directory.url
@@ -260,3 +274,6 @@ def test_the_command(trained: Trained, tmp_path: Path) -> None:
     assert told == {"policy_id": experiment.learner(1).average_id, "kind": "lora", "folder": str(folder)}
     again = opgrpo("export", "--policy", "last", "--store", store, "--to", folder, check=False)
     assert (again.returncode, again.stderr) == (1, f"error: {folder} is there already: choose another folder\n")
+    remote = opgrpo("export", "--policy", "last", "--store", store, "--to", "s3://bucket/out", check=False)
+    assert remote.returncode == 2
+    assert "a policy is written into a folder, got --to s3://bucket/out" in remote.stderr

@@ -194,6 +194,13 @@ class Store:
         """Index files of the shards whose tars `opgrpo gc` removed: their rows stay, their latents and media do not."""
         return {f"trajectories/{path.removeprefix('dropped/')}" for path in self.files("dropped")}
 
+    def outside(self, to: str) -> Directory:
+        """A place to write to. Raises StoreError when it lies in the store, where it would be taken for a part of it."""
+        directory = Directory(to)
+        if self.directory.contains(directory):
+            raise StoreError(f"{to} lies in the store {self.directory.url}: choose a place outside it")
+        return directory
+
     def unusable(self, rows: Iterable[Mapping[str, Any]]) -> set[str]:
         """Ids of all trajectories in quarantine, and of those among `rows` (trajectory_id, latents_file) in dropped shards.
 

@@ -56,8 +56,10 @@ All settings of the run:
 def export(store: Store, policy_id: str, folder: Path, *, trust_code: bool = False) -> dict[str, Any]:
     """Write a policy into a new folder: all of it or nothing. Returns what was written. trust_code: see `restore`.
 
-    Raises ValueError when the folder is there already, or the policy is of a family that is no diffusers pipeline.
+    Raises ValueError when the folder is there already or lies in the store, or the policy is of a family that is no diffusers
+    pipeline.
     """
+    store.outside(str(folder))
     taken = ValueError(f"{folder} is there already: choose another folder")
     if folder.exists():
         raise taken

@@ -29,6 +29,7 @@ def sample(
     The noise of a sample depends on the seed, its prompt and its number alone: two policies can be compared. trust_code: see
     `restore`.
     """
+    store.outside(str(folder))
     policy = restore(store, policy_id, trust_code=trust_code).policy
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and is no empty folder: choose another one")

@@ -79,8 +79,10 @@ def show(store: Store, trajectory: str, to: Path | None = None) -> dict[str, Any
     cannot be made the rest is told all the same, and why not under `no_picture`. Raises StoreError when there is no such
     trajectory, or several; ValueError when `to` is there already; OSError when it cannot be written.
     """
-    if to is not None and to.exists():
-        raise ValueError(f"{to} is there already: choose another file")
+    if to is not None:
+        store.outside(str(to))
+        if to.exists():
+            raise ValueError(f"{to} is there already: choose another file")
     catalog = Catalog(store)
     name = _find(catalog, trajectory)
     [row] = _ask(catalog, _ROW, name)

@@ -10,7 +10,6 @@ from opgrpo_data.exchange import tables, webdataset
 from opgrpo_data.exchange.left_out import LeftOut
 from opgrpo_data.exchange.selection import Selection
 from opgrpo_data.exchange.target import FORMAT, VERSION, Target
-from opgrpo_data.io import Directory
 from opgrpo_data.store import Store, now
 
 Writer = Callable[[Selection, Target, LeftOut], list[dict[str, Any]]]
@@ -34,7 +33,7 @@ def export_dataset(store: Store, to: str, form: str, *, reward: str | None = Non
     """
     if form not in FORMS:
         raise ValueError(f"there is no dataset form {form!r}: choose one of {', '.join(FORMS)}")
-    target = _free(store, to)
+    target = Target(store.outside(to))
     selection = Selection(store, reward, where, needs_reward=form == "preferences" or (form == "sft" and where is None))
     left_out = LeftOut()
     target.claim()
@@ -57,11 +56,3 @@ def export_dataset(store: Store, to: str, form: str, *, reward: str | None = Non
     }
     target.finish(manifest)
     return {**manifest, "to": to, "files": len(files), "rows": rows}
-
-
-def _free(store: Store, to: str) -> Target:
-    """The place to write to. Raises StoreError unless it is free, and outside the store."""
-    directory = Directory(to)
-    if store.directory.contains(directory):
-        raise StoreError(f"{to} lies in the store {store.directory.url}: choose a folder outside it")
-    return Target(directory)

@@ -253,6 +253,12 @@ def test_code_that_the_store_names_is_not_run_unasked(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_no_policy_goes_into_the_store(trained: Trained) -> None:
+    store = trained("adapter").store
+    with pytest.raises(StoreError, match=r"mine lies in the store .*: choose a place outside it$"):
+        export(store, "last", Path(store.directory.root, "policies", "mine"))
+
+
 def test_another_export_was_first(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out"
 

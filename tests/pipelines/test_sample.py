@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from opgrpo_data.errors import StoreError
 from opgrpo_data.ids import derived_seed
 from pipelines.evaluation import Sample, draw_samples
 from pipelines.experiment import Experiment
@@ -63,6 +64,12 @@ def test_the_command(trained: Trained, tmp_path: Path) -> None:
     again = opgrpo(*words, check=False)
     assert (again.returncode, again.stdout) == (1, "")  # pictures of another policy may lie there
     assert "is there already and is no empty folder: choose another one" in again.stderr
+
+
+def test_no_pictures_go_into_the_store(trained: Trained) -> None:
+    experiment = trained("adapter")
+    with pytest.raises(StoreError, match=r"mine lies in the store .*: choose a place outside it$"):
+        _drawn(experiment, Path(experiment.store.directory.root, "policies", "mine"))
 
 
 def test_an_unknown_policy_is_exit_code_1(trained: Trained, tmp_path: Path) -> None:

@@ -193,6 +193,11 @@ def test_pictures_of_any_size_and_videos_under_their_sigmas() -> None:
     assert (drawn[:18] < 128).any()  # text
 
 
+def test_no_picture_goes_into_the_store(store: Store) -> None:
+    with pytest.raises(StoreError, match=r"strip.png lies in the store .*: choose a place outside it$"):
+        show(store, "best", Path(store.directory.root, "policies", "strip.png"))
+
+
 def test_what_is_there_is_left_alone(store: Store, tmp_path: Path) -> None:
     (tmp_path / "strip.png").write_text("mine")
     with pytest.raises(ValueError, match=f"^{tmp_path}/strip.png is there already: choose another file$"):

@@ -190,10 +190,10 @@ def test_only_into_what_is_empty(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"mine is not empty, and holds no unfinished export: choose another folder$"):
         export_dataset(store, str(tmp_path / "mine"), "sft")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
-    with pytest.raises(StoreError, match=r"x lies in the store .*: choose a folder outside it$"):
+    with pytest.raises(StoreError, match=r"x lies in the store .*: choose a place outside it$"):
         export_dataset(store, f"{store.directory.url}/x", "sft")
     (tmp_path / "link").symlink_to(store.directory.root)
-    with pytest.raises(StoreError, match=r"link/x lies in the store .*: choose a folder outside it$"):
+    with pytest.raises(StoreError, match=r"link/x lies in the store .*: choose a place outside it$"):
         export_dataset(store, str(tmp_path / "link/x"), "sft")
 
 
